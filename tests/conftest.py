@@ -1,0 +1,115 @@
+"""A private PostgreSQL for the session, and a fresh database for each test that asks for one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from commandbus.embedded import EmbeddedPostgres
+from commandbus.migrate import migrate
+from tests.support import eventually
+
+# Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
+# which the tests of durability and of speed rest, keeps its default.
+_SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> Iterator[None]:
+    """Keep the variables of the caller, and the folder of a server of theirs, away from every test."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="commandbus-") as folder:
+        for name in [name for name in os.environ if name.startswith("COMMAND_BUS_")]:
+            if name != "COMMAND_BUS_PG_BIN":  # which PostgreSQL to test against
+                patch.delenv(name)
+        patch.setenv("COMMAND_BUS_DATA_DIR", str(Path(folder, "data")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def server(_environment: None) -> Iterator[EmbeddedPostgres]:
+    """The PostgreSQL of this session, in a temporary folder, stopped and removed at its end."""
+    with (
+        tempfile.TemporaryDirectory(prefix="commandbus-") as folder,
+        EmbeddedPostgres(Path(folder, "data"), settings=_SETTINGS) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def template(server: EmbeddedPostgres) -> str:
+    """The name of a migrated database that can only be cloned."""
+    name = "commandbus_template"
+    with _administrator(server) as admin:
+        admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+        migrate(server.dsn(name))
+        admin.execute(
+            sql.SQL("alter database {} with is_template true allow_connections false").format(
+                sql.Identifier(name)
+            )
+        )
+    return name
+
+
+@pytest.fixture
+def dsn(server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """The DSN of a migrated database of this test's own."""
+    with _administrator(server) as admin:
+        yield from _fresh_database(admin, server, template)
+
+
+@pytest.fixture
+def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
+    """The DSN of an empty database of this test's own."""
+    with _administrator(server) as admin:
+        yield from _fresh_database(admin, server, "template0")
+
+
+@pytest.fixture
+def connect(dsn: str) -> Iterator[Callable[..., psycopg.Connection]]:
+    """Open a blocking connection to `dsn`: `connect(autocommit=True)`. Closed after the test."""
+    opened: list[psycopg.Connection] = []
+
+    def connect(*, autocommit: bool = False) -> psycopg.Connection:
+        opened.append(psycopg.connect(dsn, autocommit=autocommit))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
+
+
+@pytest.fixture
+def db(connect: Callable[..., psycopg.Connection]) -> psycopg.Connection:
+    """A blocking connection to `dsn` that commits each statement."""
+    return connect(autocommit=True)
+
+
+def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:
+    return psycopg.connect(server.dsn("postgres"), autocommit=True)
+
+
+def _fresh_database(admin: psycopg.Connection, server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    name = f"test_{next(_numbers)}"
+    admin.execute(
+        sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+    )
+    yield server.dsn(name)
+    # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
+    eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
+    admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
+
+def _end_sessions(admin: psycopg.Connection, database: str) -> int:
+    """Terminate the sessions in this database; returns how many were found."""
+    return admin.execute(
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", [database]
+    ).rowcount

@@ -1,0 +1,152 @@
+"""Every exception of the library.
+
+    CommandBusError
+    ├── InvalidCommandError       what was given cannot be a command           CB001
+    ├── CommandNotFoundError      no command has this id in this domain        CB002
+    ├── CommandStateError         its status does not allow this; another verb won   CB003
+    ├── CommandIdConflictError    the id was already sent with other contents
+    ├── LeaseLostError            the lease ended before the outcome was recorded
+    ├── SendTimeoutError          the command was withdrawn: it was not sent
+    ├── OutcomeUnknownError       it may or may not have been sent; carries the id
+    ├── PartialSendError          some chunks of a batch are durable; carries the receipts
+    ├── DatabaseUnavailableError  no connection could be had; nothing was done
+    ├── SchemaError               the database's schema does not fit this version
+    ├── ConfigurationError        a setting, an option or a registration is wrong   CB004
+    ├── WrongLoopError            the object belongs to another event loop
+    ├── ClosedError               the object is not open
+    └── CommandError              a handler's verdict on its command
+        ├── TransientCommandError   try again after the back-off
+        ├── PermanentCommandError   park it: an operator has to look
+        └── BusinessRuleError       a business rule said no: FAILED, no operator needed
+
+The codes are the SQLSTATEs that the SQL functions raise; `BY_SQLSTATE` is built from the classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from uuid import UUID
+
+    from commandbus.model import Receipt
+
+
+class CommandBusError(Exception):
+    """The root of all errors of this library."""
+
+    sqlstate: ClassVar[str | None] = None
+
+
+class InvalidCommandError(CommandBusError):
+    """What was given cannot be a command; nothing was written. Correct the field that the message names."""
+
+    sqlstate = "CB001"
+
+
+class CommandNotFoundError(CommandBusError):
+    """No command has this id in this domain. It was never sent, or retention has dropped it."""
+
+    sqlstate = "CB002"
+
+
+class CommandStateError(CommandBusError):
+    """The command's status does not allow this verb; nothing was written. Read the command and decide anew."""
+
+    sqlstate = "CB003"
+
+
+class ConfigurationError(CommandBusError):
+    """A setting, an option or a registration is wrong; the message names it."""
+
+    sqlstate = "CB004"
+
+
+class CommandIdConflictError(CommandBusError):
+    """The id was already sent with another type or other data; nothing was written. Use a new id."""
+
+    def __init__(self, message: str, command_id: UUID) -> None:
+        super().__init__(message)
+        self.command_id = command_id
+
+
+class LeaseLostError(CommandBusError):
+    """The lease ended before the outcome was recorded; nothing was written. Another delivery owns the command."""
+
+
+class SendTimeoutError(CommandBusError):
+    """The command was withdrawn before it left: it was not sent. Sending it again is safe."""
+
+    def __init__(self, message: str, command_id: UUID) -> None:
+        super().__init__(message)
+        self.command_id = command_id
+
+
+class OutcomeUnknownError(CommandBusError):
+    """The command may or may not have been sent. Send it again with the same `command_id`: that is idempotent."""
+
+    def __init__(self, message: str, command_id: UUID) -> None:
+        super().__init__(message)
+        self.command_id = command_id
+
+
+class PartialSendError(CommandBusError):
+    """A chunk of `send_batch` failed. `receipts` are of the commands that are durable; the cause is chained."""
+
+    def __init__(self, message: str, receipts: Sequence[Receipt]) -> None:
+        super().__init__(message)
+        self.receipts = tuple(receipts)
+
+
+class DatabaseUnavailableError(CommandBusError):
+    """No working connection to PostgreSQL could be had in time. Nothing was done, or only something was read."""
+
+
+class SchemaError(CommandBusError):
+    """The database has no schema of ours, or one that does not fit this version. Run `commandbus migrate`."""
+
+
+class WrongLoopError(CommandBusError):
+    """The object was opened on another event loop. Open one for each loop."""
+
+
+class ClosedError(CommandBusError):
+    """The object is not open: it was never opened, or is closed already."""
+
+
+class CommandError(CommandBusError):
+    """A handler's verdict on its command. Raise one of the three classes below.
+
+    `code` is a short stable name for programs, `message` a sentence for people, `details` any JSON value.
+    All three are kept with the command.
+    """
+
+    def __init__(self, code: str, message: str = "", details: object = None) -> None:
+        super().__init__(f"{code}: {message}" if message else code)
+        self.code = code
+        self.message = message
+        self.details = details
+
+
+class TransientCommandError(CommandError):
+    """It may work later: `IN_PROGRESS -> SCHEDULED` after the back-off, or parked when attempts are used up."""
+
+
+class PermanentCommandError(CommandError):
+    """It cannot work as it is: `IN_PROGRESS -> IN_TROUBLESHOOTING_QUEUE` at once."""
+
+
+class BusinessRuleError(CommandError):
+    """A business rule said no: `IN_PROGRESS -> FAILED`, final, no operator needed."""
+
+
+def _all_subclasses(cls: type[CommandBusError]) -> Iterator[type[CommandBusError]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _all_subclasses(sub)
+
+
+BY_SQLSTATE: dict[str, type[CommandBusError]] = {
+    cls.sqlstate: cls for cls in _all_subclasses(CommandBusError) if cls.sqlstate is not None
+}

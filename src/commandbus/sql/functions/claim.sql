@@ -1,0 +1,210 @@
+-- claim_v1: leases up to p_limit commands of the types and places that p_segments names.
+-- p_segments: [[command_type, after, up_to], ...], places in (after, up_to]: a worker remembers how far the queue is
+-- empty and need not walk over what is finished. p_lease: seconds. p_sweep: first look for expired leases.
+-- p_alone: lease one command that has crashed twice, and nothing else.
+-- SCHEDULED -> PENDING when due (500 a call); PENDING -> IN_PROGRESS; with p_sweep the edges of _sweep.
+-- Answers a row a command and then one without command_id: next_due is the time in seconds until the next SCHEDULED
+-- command (null: none), alone_waiting says that a command of these types has waited for 1 s to be run alone.
+-- Locks: the rows claimed, never waiting for one; then claim marks by type and level.
+--
+-- The shape is pinned by planner switches and a generic plan. Chosen by cost, a table that was analyzed while empty
+-- made the planner sort the whole queue: 130 claims/s instead of 4,000. The update goes by ctid.
+CREATE OR REPLACE FUNCTION commandbus.claim_v1(
+    p_domain text, p_segments text, p_limit integer, p_worker text, p_lease double precision,
+    p_sweep boolean DEFAULT false, p_alone boolean DEFAULT false)
+RETURNS TABLE (command_id uuid, command_type text, data text, headers text, correlation_id text, reply_to text,
+               priority smallint, max_attempts integer, attempts integer, crashes integer, delivery bigint,
+               lease_token uuid, place bigint, sent_at timestamptz, next_due double precision, alone_waiting boolean)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off SET enable_hashjoin = off
+SET enable_mergejoin = off AS $$
+#variable_conflict use_column
+DECLARE
+    v_now    timestamptz := commandbus.clock();
+    v_types  text[] := ARRAY(SELECT DISTINCT g ->> 0 FROM json_array_elements(p_segments::json) g);
+    v_held   tid[] := '{}';
+    v_hoped  integer := p_limit;
+    v_ranges jsonb;
+    v_shares jsonb;
+BEGIN
+    IF p_sweep THEN
+        PERFORM commandbus._sweep(p_domain);
+    END IF;
+    PERFORM commandbus._promote(p_domain);
+    IF p_alone THEN
+        v_held := ARRAY(
+            SELECT q.ctid FROM commandbus.command q
+            WHERE q.domain = p_domain AND q.alone_since IS NOT NULL AND q.status = 'PENDING'
+              AND q.command_type = ANY (v_types)
+            ORDER BY q.alone_since LIMIT 1 FOR UPDATE SKIP LOCKED);
+    ELSE
+        v_ranges := commandbus._ranges(p_domain, p_segments::json);
+        IF cardinality(v_types) > 1 THEN
+            v_shares := commandbus._shares(p_domain, v_ranges, p_limit);
+            v_held := commandbus._lock(p_domain, v_shares, p_limit, '{}');
+            v_hoped := (SELECT sum((g ->> 3)::integer) FROM jsonb_array_elements(v_shares) g);
+        END IF;
+        IF cardinality(v_held) < v_hoped THEN  -- one type, or rivals hold some of what was shared out
+            v_held := v_held || commandbus._lock(p_domain, v_ranges, p_limit - cardinality(v_held), v_held);
+        END IF;
+    END IF;
+    RETURN QUERY
+        UPDATE commandbus.command AS c
+        SET status = 'IN_PROGRESS', delivery = c.delivery + 1, lease_token = gen_random_uuid(),
+            lease_until = v_now + make_interval(secs => p_lease), claimed_at = v_now, worker = p_worker
+        WHERE c.ctid = ANY (v_held)
+        RETURNING c.command_id, c.command_type, c.data::text, c.headers::text, c.correlation_id, c.reply_to,
+                  c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery, c.lease_token, c.place, c.sent_at,
+                  NULL::double precision, NULL::boolean;
+    RETURN QUERY
+        SELECT NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::smallint, NULL::integer, NULL::integer, NULL::integer,
+               NULL::bigint, NULL::uuid, NULL::bigint, NULL::timestamptz,
+               (SELECT extract(epoch FROM q.due_at - v_now)::double precision FROM commandbus.command q
+                WHERE q.domain = p_domain AND q.due_at IS NOT NULL ORDER BY q.due_at LIMIT 1),
+               EXISTS (SELECT FROM commandbus.command q
+                       WHERE q.domain = p_domain AND q.alone_since < v_now - interval '1 s' AND q.status = 'PENDING'
+                         AND q.command_type = ANY (v_types));
+END $$;
+
+-- _ranges: cuts segments that span priorities into those that have commands waiting: [[type, after, up_to], ...].
+CREATE OR REPLACE FUNCTION commandbus._ranges(p_domain text, p_segments json) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_ranges jsonb := '[]';
+    v_after  bigint;
+    v_up_to  bigint;
+    s        record;
+BEGIN
+    FOR s IN SELECT g ->> 0 AS command_type, (g ->> 1)::bigint AS after, (g ->> 2)::bigint AS up_to
+             FROM json_array_elements(p_segments) g ORDER BY 1, 2 LOOP
+        v_after := s.after;
+        WHILE v_after >> 54 <> s.up_to >> 54 LOOP
+            SELECT greatest(v_after, (q.place >> 54 << 54) - 1), least(s.up_to, ((q.place >> 54) + 1 << 54) - 1)
+              INTO v_after, v_up_to FROM commandbus.command q
+             WHERE q.domain = p_domain AND q.command_type = s.command_type AND q.place > v_after
+               AND q.place <= s.up_to AND q.status = 'PENDING'
+             ORDER BY q.place LIMIT 1;
+            EXIT WHEN NOT FOUND;
+            v_ranges := v_ranges || jsonb_build_array(jsonb_build_array(s.command_type, v_after, v_up_to));
+            v_after := v_up_to;
+        END LOOP;
+        IF v_after >> 54 = s.up_to >> 54 AND v_after < s.up_to THEN
+            v_ranges := v_ranges || jsonb_build_array(jsonb_build_array(s.command_type, v_after, s.up_to));
+        END IF;
+    END LOOP;
+    RETURN v_ranges;
+END $$;
+
+-- _shares: merges several types by place: how many of the p_limit first stand in each range, as its fourth element.
+CREATE OR REPLACE FUNCTION commandbus._shares(p_domain text, p_ranges jsonb, p_limit integer) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN (
+        SELECT coalesce(jsonb_agg(m.r || to_jsonb(m.share) ORDER BY m.r), '[]') FROM (
+            SELECT n.r, count(*) AS share FROM (
+                SELECT g.r, q.place FROM jsonb_array_elements(p_ranges) AS g(r)
+                CROSS JOIN LATERAL (
+                    SELECT q.place FROM commandbus.command q
+                    WHERE q.domain = p_domain AND q.command_type = g.r ->> 0 AND q.place > (g.r ->> 1)::bigint
+                      AND q.place <= (g.r ->> 2)::bigint AND q.status = 'PENDING'
+                    ORDER BY q.place LIMIT p_limit) q
+                ORDER BY q.place LIMIT p_limit) n
+            GROUP BY n.r) m);
+END $$;
+
+-- _lock: locks up to p_limit commands of these ranges, and of each at most its share; those that somebody else has
+-- locked are passed over for the next ones, so the order is a tendency. Raises the claim marks. p_but: locked already.
+CREATE OR REPLACE FUNCTION commandbus._lock(p_domain text, p_ranges jsonb, p_limit integer, p_but tid[]) RETURNS tid[]
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_held tid[] := '{}';
+    v_more tid[];
+    v_top  bigint;
+    s      record;
+BEGIN
+    FOR s IN SELECT g ->> 0 AS command_type, (g ->> 1)::bigint AS after, (g ->> 2)::bigint AS up_to,
+                    (g ->> 3)::integer AS share
+             FROM jsonb_array_elements(p_ranges) g LOOP
+        EXIT WHEN cardinality(v_held) >= p_limit;
+        SELECT array_agg(q.ctid), max(q.place) INTO v_more, v_top FROM (
+            SELECT q.ctid, q.place FROM commandbus.command q
+            WHERE q.domain = p_domain AND q.command_type = s.command_type AND q.place > s.after
+              AND q.place <= s.up_to AND q.status = 'PENDING' AND q.ctid <> ALL (p_but)
+            ORDER BY q.place LIMIT least(s.share, p_limit - cardinality(v_held)) FOR UPDATE SKIP LOCKED) q;
+        IF v_more IS NOT NULL THEN
+            v_held := v_held || v_more;
+            PERFORM commandbus._mark(p_domain, s.command_type, v_top);
+        END IF;
+    END LOOP;
+    RETURN v_held;
+END $$;
+
+-- _mark: raises the claim mark of this type and level to this place. It runs 4,096 ahead: one write in as many claims.
+CREATE OR REPLACE FUNCTION commandbus._mark(p_domain text, p_type text, p_place bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM commandbus.claim_mark m WHERE m.domain = p_domain AND m.command_type = p_type
+                   AND m.level = p_place >> 54 AND m.place >= p_place) THEN
+        INSERT INTO commandbus.claim_mark AS m (domain, command_type, level, place)
+        VALUES (p_domain, p_type, p_place >> 54, p_place + 4096)
+        ON CONFLICT (domain, command_type, level) DO UPDATE SET place = greatest(m.place, excluded.place);
+    END IF;
+END $$;
+
+-- _promote: SCHEDULED -> PENDING for what is due, at most 500 a call. A command that crashed twice waits alone.
+CREATE OR REPLACE FUNCTION commandbus._promote(p_domain text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now timestamptz := commandbus.clock();
+BEGIN
+    UPDATE commandbus.command AS c
+    SET status = 'PENDING', due_at = NULL,
+        place = CASE WHEN c.crashes < 2 THEN commandbus._place(c.priority) END,
+        alone_since = CASE WHEN c.crashes < 2 THEN NULL ELSE v_now END
+    WHERE c.ctid = ANY (ARRAY(
+        SELECT q.ctid FROM commandbus.command q WHERE q.domain = p_domain AND q.due_at <= v_now
+        ORDER BY q.due_at LIMIT 500 FOR UPDATE SKIP LOCKED));
+END $$;
+
+-- _sweep: counts a crash for every lease of the domain that ran out; up to 500 a type and level in a call.
+-- IN_PROGRESS -> PENDING; at the second crash it waits to be run alone, so that what kills its process takes no
+-- neighbour along; at the third -> IN_TROUBLESHOOTING_QUEUE.
+-- Locks: the expired rows, never waiting for one.
+CREATE OR REPLACE FUNCTION commandbus._sweep(p_domain text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_now     timestamptz := commandbus.clock();
+    v_expired tid[];
+    m         record;
+BEGIN
+    v_expired := ARRAY(SELECT q.ctid FROM commandbus.command q
+                       WHERE q.domain = p_domain AND q.alone_since IS NOT NULL AND q.status = 'IN_PROGRESS'
+                         AND q.lease_until < v_now
+                       ORDER BY q.alone_since LIMIT 500 FOR UPDATE SKIP LOCKED);
+    FOR m IN SELECT k.command_type, k.level::bigint << 54 AS start, k.place FROM commandbus.claim_mark k
+             WHERE k.domain = p_domain LOOP
+        v_expired := v_expired || ARRAY(
+            SELECT q.ctid FROM commandbus.command q
+            WHERE q.domain = p_domain AND q.command_type = m.command_type AND q.place >= m.start
+              AND q.place <= m.place AND q.status = 'IN_PROGRESS' AND q.lease_until < v_now
+            ORDER BY q.place LIMIT 500 FOR UPDATE SKIP LOCKED);
+    END LOOP;
+    WITH crashed AS (
+        UPDATE commandbus.command AS c
+        SET crashes = c.crashes + 1, events = c.events + 1,
+            status = CASE WHEN c.crashes < 2 THEN 'PENDING' ELSE 'IN_TROUBLESHOOTING_QUEUE' END,
+            place = CASE WHEN c.crashes < 1 THEN commandbus._place(c.priority) END,
+            alone_since = CASE WHEN c.crashes = 1 THEN v_now END,
+            parked_at = CASE WHEN c.crashes >= 2 THEN v_now END,
+            error = jsonb_build_object('code', 'CRASHED', 'message',
+                format('The lease of %s ran out during delivery %s.', c.worker, c.delivery))
+        WHERE c.ctid = ANY (v_expired)
+        RETURNING c.*
+    )
+    INSERT INTO commandbus.audit_event
+        (domain, command_id, event_no, event, occurred_at, from_status, to_status, delivery, worker, claimed_at,
+         lease_token, error)
+    SELECT c.domain, c.command_id, c.events, 'CRASHED', v_now, 'IN_PROGRESS', c.status, c.delivery, c.worker,
+           c.claimed_at, c.lease_token, c.error
+    FROM crashed c;
+END $$;

@@ -1,0 +1,107 @@
+-- send_v1: accepts commands. Durable when the caller's transaction commits.
+-- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, max_attempts, delay
+-- (seconds), priority, own_id}, ...]. own_id: the id is the caller's own and is looked up in history too; without
+-- command_id one is made. p_lock_timeout: a flush of many callers' commands does not wait for one's rival.
+-- (sent) -> PENDING | SCHEDULED. An answer a row, in order: accepted, duplicate (same type and data as first
+-- sent; nothing is written) or conflict (not the same; nothing is written).
+-- Locks: waits for an uncommitted command of the same id; ids in order.
+-- Raises CB001 bad input, CB004 own_id above READ COMMITTED, 40001 try again, 55P03 the lock timeout.
+--
+-- An own id is inserted first and looked up in history by a later statement. That is right also while the
+-- command moves to history; looking first is not. A later statement sees what the earlier one waited for only
+-- at READ COMMITTED: at REPEATABLE READ the same code accepted an id twice.
+CREATE OR REPLACE FUNCTION commandbus.send_v1(p_commands text, p_lock_timeout integer DEFAULT NULL)
+RETURNS TABLE (ordinal integer, command_id uuid, outcome text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan AS $$
+#variable_conflict use_column
+DECLARE
+    v_now     timestamptz := commandbus.clock();
+    v_name    CONSTANT text := '^[A-Za-z0-9_.:-]{1,128}$';
+    v_longest CONSTANT double precision := 315360000;  -- seconds: ten years
+    r         record;
+BEGIN
+    IF p_lock_timeout IS NOT NULL THEN
+        PERFORM set_config('lock_timeout', p_lock_timeout::text, true);
+    END IF;
+    FOR r IN
+        WITH given AS MATERIALIZED (
+            SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type, g.data,
+                   coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
+                   coalesce(g.priority, 0::smallint) AS priority, coalesce(g.own_id, false) AS own_id,
+                   CASE WHEN g.delay BETWEEN 0 AND v_longest THEN v_now + make_interval(secs => g.delay) END AS not_before,
+                   CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'
+                        WHEN g.command_type ~ v_name IS NOT TRUE THEN 'command_type'
+                        WHEN g.data IS NULL THEN 'data'
+                        WHEN jsonb_typeof(g.headers) <> 'object' THEN 'headers'
+                        WHEN g.priority NOT BETWEEN -100 AND 100 THEN 'priority'
+                        WHEN g.max_attempts NOT BETWEEN 1 AND 1000000 THEN 'max_attempts'
+                        WHEN g.delay NOT BETWEEN 0 AND v_longest THEN 'delay' END AS wrong,
+                   sha256(convert_to(g.command_type || ' ' || g.data::text, 'UTF8')) AS data_hash
+            FROM ROWS FROM (json_to_recordset(p_commands::json) AS
+                (domain text, command_id uuid, command_type text, data jsonb, headers jsonb, correlation_id text,
+                 reply_to text, max_attempts integer, delay double precision, priority smallint, own_id boolean))
+                 WITH ORDINALITY AS g(domain, command_id, command_type, data, headers, correlation_id, reply_to,
+                                      max_attempts, delay, priority, own_id, n)
+        ), inserted AS (
+            INSERT INTO commandbus.command AS c
+                (domain, command_id, command_type, status, place, due_at, priority, max_attempts, sent_at,
+                 not_before, correlation_id, reply_to, data_hash, data, headers)
+            SELECT g.domain, g.command_id, g.command_type,
+                   CASE WHEN g.not_before > v_now THEN 'SCHEDULED' ELSE 'PENDING' END,
+                   CASE WHEN g.not_before > v_now THEN NULL ELSE commandbus._place(g.priority) END,
+                   CASE WHEN g.not_before > v_now THEN g.not_before END,
+                   g.priority, g.max_attempts, v_now, g.not_before, g.correlation_id, g.reply_to,
+                   g.data_hash, g.data, g.headers
+            FROM given g WHERE g.wrong IS NULL ORDER BY g.domain, g.command_id, g.n
+            ON CONFLICT (domain, command_id) DO NOTHING
+            RETURNING c.domain, c.command_id
+        )
+        SELECT g.n, g.domain, g.command_id, g.data_hash, g.own_id, g.wrong, i.command_id IS NOT NULL
+               AND (NOT g.own_id OR g.n = min(g.n) OVER (PARTITION BY g.domain, g.command_id)) AS fresh
+        FROM given g LEFT JOIN inserted i ON i.domain = g.domain AND i.command_id = g.command_id
+        ORDER BY g.n
+    LOOP
+        IF r.wrong IS NOT NULL THEN
+            RAISE EXCEPTION 'command %: % is missing or out of bounds', r.command_id, r.wrong
+                USING ERRCODE = 'CB001', HINT = 'Nothing was sent; correct the field.';
+        END IF;
+        ordinal := r.n;
+        command_id := r.command_id;
+        IF r.fresh AND NOT r.own_id THEN
+            outcome := 'accepted';
+        ELSE
+            outcome := commandbus._settle_own_id(r.domain, r.command_id, r.data_hash, r.fresh);
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- _settle_own_id: what becomes of an id of the caller's own, after the insert was tried.
+-- p_fresh: the insert put it in; it is taken out again when history knows the id.
+CREATE OR REPLACE FUNCTION commandbus._settle_own_id(p_domain text, p_id uuid, p_hash bytea, p_fresh boolean)
+RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    v_hash bytea;
+BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE EXCEPTION 'command %: an id of your own can be sent at READ COMMITTED only', p_id
+            USING ERRCODE = 'CB004', HINT = 'Let the library make the id, or send in a READ COMMITTED transaction.';
+    END IF;
+    IF NOT p_fresh THEN
+        SELECT c.data_hash INTO v_hash FROM commandbus.command c WHERE c.domain = p_domain AND c.command_id = p_id;
+    END IF;
+    IF v_hash IS NULL THEN
+        SELECT h.data_hash INTO v_hash FROM commandbus.command_history h
+        WHERE h.domain = p_domain AND h.command_id = p_id LIMIT 1;
+    END IF;
+    IF v_hash IS NULL THEN
+        IF p_fresh THEN
+            RETURN 'accepted';
+        END IF;
+        RAISE EXCEPTION 'command %: its predecessor left while it was sent', p_id USING ERRCODE = '40001';
+    END IF;
+    IF p_fresh THEN
+        DELETE FROM commandbus.command c WHERE c.domain = p_domain AND c.command_id = p_id;
+    END IF;
+    RETURN CASE WHEN v_hash = p_hash THEN 'duplicate' ELSE 'conflict' END;
+END $$;

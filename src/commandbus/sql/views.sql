@@ -1,0 +1,70 @@
+-- The public read API: views over the private tables.
+
+-- Every command that is kept, unfinished or finished.
+CREATE OR REPLACE VIEW commandbus.commands AS
+SELECT c.domain, c.command_id, c.command_type, c.status, c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery,
+       c.data, c.headers, c.correlation_id, c.reply_to, NULL::jsonb AS result, c.error, c.sent_at, c.not_before,
+       c.due_at, c.parked_at, c.claimed_at, c.lease_until, c.worker, NULL::timestamptz AS finished_at
+FROM commandbus.command c
+UNION ALL
+SELECT h.domain, h.command_id, h.command_type, h.status, h.priority, h.max_attempts, h.attempts, h.crashes, h.delivery,
+       h.data, h.headers, h.correlation_id, h.reply_to, h.result, h.error, h.sent_at, h.not_before,
+       NULL::timestamptz, NULL::timestamptz, h.claimed_at, NULL::timestamptz, h.worker, h.finished_at
+FROM commandbus.command_history h;
+
+-- What waits for an operator; the oldest first when ordered by parked_at.
+CREATE OR REPLACE VIEW commandbus.troubleshooting AS
+SELECT c.domain, c.command_id, c.command_type, c.status, c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery,
+       c.data, c.headers, c.correlation_id, c.reply_to, NULL::jsonb AS result, c.error, c.sent_at, c.not_before,
+       c.due_at, c.parked_at, c.claimed_at, c.lease_until, c.worker, NULL::timestamptz AS finished_at
+FROM commandbus.command c
+WHERE c.parked_at IS NOT NULL;
+
+-- How many commands are unfinished, by domain, type and status, and since when the oldest waits.
+CREATE OR REPLACE VIEW commandbus.stats AS
+SELECT c.domain, c.command_type, c.status, count(*) AS count, min(c.sent_at) AS oldest_sent_at
+FROM commandbus.command c
+GROUP BY c.domain, c.command_type, c.status;
+
+-- Everything that happened to a command, in order of step. SENT, CLAIMED and the ending on the happy path stand in
+-- the command's own row and are told from it; the rest are rows of their own.
+CREATE OR REPLACE VIEW commandbus.audit_trail AS
+WITH command AS (
+    SELECT c.domain, c.command_id, c.status, c.attempts, c.events, c.delivery, c.lease_token,
+           NULL::uuid AS presented_token, c.claimed_at, c.worker, c.sent_at, c.not_before,
+           NULL::timestamptz AS finished_at, NULL::jsonb AS error
+    FROM commandbus.command c
+    UNION ALL
+    SELECT h.domain, h.command_id, h.status, h.attempts, h.events, h.delivery, h.lease_token, h.presented_token,
+           h.claimed_at, h.worker, h.sent_at, h.not_before, h.finished_at, h.error
+    FROM commandbus.command_history h
+), event AS (
+    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery, e.attempt, e.worker, e.claimed_at,
+           e.lease_token, e.operator, e.reason, e.error, e.details
+    FROM commandbus.audit_event e
+    UNION ALL
+    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery, e.attempt, e.worker, e.claimed_at,
+           e.lease_token, e.operator, e.reason, e.error, e.details
+    FROM commandbus.audit_history e
+)
+SELECT c.domain, c.command_id, 0 AS step, 'SENT' AS event, c.sent_at AS occurred_at, NULL::text AS from_status,
+       CASE WHEN c.not_before > c.sent_at THEN 'SCHEDULED' ELSE 'PENDING' END AS to_status, NULL::bigint AS delivery,
+       NULL::integer AS attempt, NULL::text AS worker, NULL::uuid AS lease_token, NULL::text AS operator,
+       NULL::text AS reason, NULL::jsonb AS error, NULL::jsonb AS details
+FROM command c
+UNION ALL
+SELECT e.domain, e.command_id, 2 * e.event_no - 1, 'CLAIMED', e.claimed_at, 'PENDING', 'IN_PROGRESS', e.delivery,
+       NULL, e.worker, e.lease_token, NULL, NULL, NULL, NULL
+FROM event e WHERE e.from_status = 'IN_PROGRESS'
+UNION ALL
+SELECT e.domain, e.command_id, 2 * e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery,
+       e.attempt, e.worker, e.lease_token, e.operator, e.reason, e.error, e.details
+FROM event e
+UNION ALL
+SELECT c.domain, c.command_id, 2 * c.events + 1, 'CLAIMED', c.claimed_at, 'PENDING', 'IN_PROGRESS', c.delivery,
+       NULL, c.worker, c.lease_token, NULL, NULL, NULL, NULL
+FROM command c WHERE c.status = 'IN_PROGRESS' OR c.presented_token IS NOT NULL
+UNION ALL
+SELECT c.domain, c.command_id, 2 * c.events + 2, c.status, c.finished_at, 'IN_PROGRESS', c.status, c.delivery,
+       c.attempts, c.worker, c.presented_token, NULL, NULL, c.error, NULL
+FROM command c WHERE c.presented_token IS NOT NULL;

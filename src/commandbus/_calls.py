@@ -1,0 +1,265 @@
+"""The protocol with the database, without I/O: one value for each SQL function or view that is used.
+
+A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This is
+the only Python that names the SQL functions which change something; `_queries` has the views.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeAlias, TypeVar
+from uuid import UUID
+
+from commandbus._ids import new_id
+from commandbus.errors import InvalidCommandError
+from commandbus.model import Command, CommandStatus, Json, SendRequest
+
+T = TypeVar("T")
+Row: TypeAlias = tuple[Any, ...]
+
+MAX_DELAY = timedelta(days=3650)
+PRIORITY_LEVELS = 54
+"""`place >> 54` is the level of a priority, 0 for the highest; the rest is the sequence number."""
+LAST_PLACE = (201 << PRIORITY_LEVELS) - 1
+
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One statement: its text, its parameters, and how to read what comes back."""
+
+    sql: str
+    params: tuple[object, ...]
+    read: Callable[[list[Row]], T]
+
+
+# -- sending -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A command on its way: checked and serialised, in the caller's thread. `own_id`: the caller gave the id."""
+
+    domain: str
+    command_id: UUID
+    own_id: bool
+    text: str
+
+    def row(self, *, look_up: bool) -> str:
+        """The row for `send_v1`. `look_up`: the id may be known already; otherwise it was made for this send."""
+        return f'{self.text[:-1]},"own_id":true}}' if look_up else self.text
+
+
+def outgoing(request: SendRequest, headers: Mapping[str, str]) -> Outgoing:
+    """Check a request and serialise it; raises `InvalidCommandError` that names the field."""
+    own_id = request.command_id
+    if own_id is not None and not isinstance(own_id, UUID):
+        raise InvalidCommandError(f"command_id is {own_id!r}: it must be a uuid.UUID")
+    command_id = own_id or new_id()
+    row: dict[str, Json] = {
+        "domain": _name("domain", request.domain, command_id),
+        "command_type": _name("command_type", request.command_type, command_id),
+        "command_id": str(command_id),
+        "data": request.data,
+    }
+    if headers:
+        row["headers"] = dict(headers)
+        if not all(isinstance(text, str) for pair in headers.items() for text in pair):
+            raise InvalidCommandError(f"command {command_id}: headers must map strings to strings")
+    if request.correlation_id is not None:
+        row["correlation_id"] = str(request.correlation_id)
+    if request.reply_to is not None:
+        row["reply_to"] = _name("reply_to", request.reply_to, command_id)
+    if request.max_attempts is not None:
+        row["max_attempts"] = _bounded("max_attempts", request.max_attempts, 1, 1_000_000, command_id)
+    if request.priority:
+        row["priority"] = _bounded("priority", request.priority, -100, 100, command_id)
+    if request.delay is not None:
+        if not timedelta(0) <= request.delay <= MAX_DELAY:
+            raise InvalidCommandError(f"command {command_id}: delay must be between 0 and {MAX_DELAY.days} days")
+        row["delay"] = request.delay.total_seconds()
+    return Outgoing(request.domain, command_id, own_id is not None, encode(row, f"command {command_id}: data"))
+
+
+def encode(value: Json, what: str) -> str:
+    """JSON text, of ASCII only; raises `InvalidCommandError` that says what is not JSON."""
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidCommandError(f"{what} cannot be written as JSON: {error}") from None
+
+
+def send(rows: Sequence[str], lock_timeout_ms: int | None = None) -> Call[list[str]]:
+    """Return the outcomes in the order of `rows`: accepted, duplicate or conflict."""
+    return Call(
+        "SELECT outcome FROM commandbus.send_v1(%s, %s)",
+        (f"[{','.join(rows)}]", lock_timeout_ms),
+        lambda found: [row[0] for row in found],
+    )
+
+
+def wake(domains: Sequence[str]) -> Call[None]:
+    """Hint to the workers of these domains that there is work."""
+    return Call("SELECT commandbus.wake_v1(%s)", (list(domains),), lambda _: None)
+
+
+def _name(field: str, value: object, command_id: UUID) -> str:
+    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+        raise InvalidCommandError(
+            f"command {command_id}: {field} is {value!r}: it must be 1 to 128 of letters, digits and _ . : -"
+        )
+    return value
+
+
+def _bounded(field: str, value: object, low: int, high: int, command_id: UUID) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidCommandError(f"command {command_id}: {field} is {value!r}: it must be {low} to {high:,}")
+    return value
+
+
+def listen() -> Call[None]:
+    """Ask to be sent the hints."""
+    return Call("LISTEN commandbus", (), lambda _: None)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One command that was leased; `data` is still text, so that one that cannot be read harms no other."""
+
+    domain: str
+    command_id: UUID
+    command_type: str
+    data: str
+    headers: str
+    correlation_id: str | None
+    reply_to: str | None
+    priority: int
+    max_attempts: int | None
+    attempts: int
+    crashes: int
+    delivery: int
+    lease_token: UUID
+    place: int | None
+    sent_at: datetime
+
+    def command(self, worker: str) -> Command:
+        """Decode the data. Raises `ValueError` or `RecursionError`: PostgreSQL stores what Python cannot read."""
+        return Command(
+            self.domain, self.command_id, self.command_type, CommandStatus.IN_PROGRESS, json.loads(self.data),
+            json.loads(self.headers), self.correlation_id, self.reply_to, self.priority, self.max_attempts,
+            self.attempts, self.crashes, self.delivery, None, None, worker, self.sent_at,
+            None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claim brought. `next_due`: when the next SCHEDULED command is due, counted from now."""
+
+    commands: list[Claimed]
+    next_due: timedelta | None
+    alone_waiting: bool
+
+
+Segment: TypeAlias = tuple[str, int, int]
+"""A command type and the places after the first number, up to the second."""
+
+
+def claim(
+    domain: str,
+    segments: Sequence[Segment],
+    limit: int,
+    worker: str,
+    lease: timedelta,
+    *,
+    sweep: bool = False,
+    alone: bool = False,
+) -> Call[Claim]:
+    """Lease up to `limit` commands; see `claim_v1`."""
+
+    def read(rows: list[Row]) -> Claim:
+        *found, (*_, next_due, alone_waiting) = rows
+        return Claim(
+            [Claimed(domain, *row[:-2]) for row in found],
+            None if next_due is None else timedelta(seconds=next_due),
+            alone_waiting,
+        )
+
+    return Call(
+        "SELECT * FROM commandbus.claim_v1(%s, %s, %s, %s, %s, %s, %s)",
+        (domain, json.dumps(segments), limit, worker, lease.total_seconds(), sweep, alone),
+        read,
+    )
+
+
+Answers: TypeAlias = dict[UUID, str]
+"""done, busy or lost, by command id."""
+
+
+def _lease_call(name: str, domain: str, items: Sequence[str], *more: object) -> Call[Answers]:
+    marks = "".join(", %s" for _ in more)
+    return Call(
+        f"SELECT command_id, outcome FROM commandbus.{name}(%s, %s{marks})",
+        (domain, f"[{','.join(items)}]", *more),
+        lambda rows: dict(rows),  # noqa: PLW0108 - `dict` alone has too many types
+    )
+
+
+def held(command_id: UUID, delivery: int, lease_token: UUID, more: str = "") -> str:
+    """The item that names a lease; `more` is JSON of further fields, starting with a comma."""
+    return f'{{"command_id":"{command_id}","delivery":{delivery},"lease_token":"{lease_token}"{more}}}'
+
+
+def renew(domain: str, items: Sequence[str], lease: timedelta) -> Call[Answers]:
+    """Extend leases; see `renew_v1`."""
+    return _lease_call("renew_v1", domain, items, lease.total_seconds())
+
+
+def complete(domain: str, items: Sequence[str]) -> Call[Answers]:
+    """Record success; items carry `result`. See `complete_v1`."""
+    return _lease_call("complete_v1", domain, items)
+
+
+def fail(domain: str, items: Sequence[str]) -> Call[Answers]:
+    """Record failure; items carry `kind`, `error`, `retry_in` and `max_attempts`. See `fail_v1`."""
+    return _lease_call("fail_v1", domain, items)
+
+
+def release(domain: str, items: Sequence[str]) -> Call[Answers]:
+    """Give leases back uncharged; see `release_v1`."""
+    return _lease_call("release_v1", domain, items)
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+
+def cancel(domain: str, command_id: UUID, operator: str | None, reason: str | None) -> Call[None]:
+    """End any unfinished command."""
+    return _act("cancel_v1", domain, command_id, operator, reason)
+
+
+def operator_retry(domain: str, command_id: UUID, operator: str, reason: str | None, data: str | None) -> Call[None]:
+    """Put a parked command back, perhaps with new data (JSON text)."""
+    return _act("operator_retry_v1", domain, command_id, operator, reason, data)
+
+
+def operator_cancel(domain: str, command_id: UUID, operator: str, reason: str) -> Call[None]:
+    """End a parked command as CANCELED."""
+    return _act("operator_cancel_v1", domain, command_id, operator, reason)
+
+
+def operator_complete(domain: str, command_id: UUID, operator: str, reason: str, result: str | None) -> Call[None]:
+    """End a parked command as COMPLETED with this result (JSON text)."""
+    return _act("operator_complete_v1", domain, command_id, operator, reason, result)
+
+
+def _act(name: str, *params: object) -> Call[None]:
+    return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)

@@ -1,0 +1,245 @@
+"""Runs a `Call`: on a connection of the bus's pool, or on one that the caller hands over.
+
+A connection is held for one statement, or one transaction of the library's own statements; asking for a second one
+meanwhile raises at once, where it would sooner or later wait for itself (20 threads on a pool of 10: 2 calls done, 38
+timeouts).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import tuple_row
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
+
+from commandbus._calls import Call, Row
+from commandbus.errors import (
+    BY_SQLSTATE,
+    ClosedError,
+    CommandBusError,
+    ConfigurationError,
+    DatabaseUnavailableError,
+    SchemaError,
+)
+
+T = TypeVar("T")
+
+CALL_SECONDS = 10.0
+"""The deadline of one statement of the library's own, and of getting a connection for it."""
+
+_NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
+_holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
+
+
+class Database:
+    """A pool of connections to one database, and the ways to run a call on them."""
+
+    def __init__(self, dsn: str, *, connections: int, application_name: str, transaction_pooler: bool = False) -> None:
+        self.transaction_pooler = transaction_pooler
+        self._conninfo = _with_defaults(dsn, application_name)
+        self._application_name = application_name
+        self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] = AsyncConnectionPool(
+            self._conninfo,
+            kwargs=self._settings,
+            min_size=1,
+            max_size=connections,
+            open=False,
+            # A new attempt belongs to the next call, not to a back-off of the pool's: after an outage of a minute
+            # that would wait half a minute more.
+            reconnect_timeout=1.0,
+            timeout=CALL_SECONDS,
+        )
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        # A transaction pooler gives each transaction another session, which does not know the statement: 80 of 480
+        # calls failed.
+        return {"autocommit": True, "prepare_threshold": None if self.transaction_pooler else 0}
+
+    def with_connections(self, connections: int) -> Database:
+        """Return another pool to the same database, not open yet."""
+        return Database(
+            self._conninfo,
+            connections=connections,
+            application_name=self._application_name,
+            transaction_pooler=self.transaction_pooler,
+        )
+
+    async def open(self) -> None:
+        """Open the pool and wait for its first connection. Raises `DatabaseUnavailableError`."""
+        await self._pool.open()
+        try:
+            await self._pool.wait(CALL_SECONDS)
+        except PoolTimeout as error:
+            await self._pool.close()
+            raise DatabaseUnavailableError(
+                f"no connection to PostgreSQL within {CALL_SECONDS:.0f} s; is it running, is the DSN right?"
+            ) from error
+
+    async def close(self) -> None:
+        """Close the pool; connections in use are closed when they come back."""
+        await self._pool.close()
+
+    @contextlib.asynccontextmanager
+    async def connection(
+        self, timeout: float = CALL_SECONDS, *, for_user_code: bool = False
+    ) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
+        """Lend a connection of the pool for one statement or one transaction of the library's own.
+
+        `for_user_code`: for a transactional handler, whose pool is its own; the handler may use the bus meanwhile.
+        """
+        if _holding.get() and not for_user_code:
+            raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
+        try:
+            connection = await self._pool.getconn(timeout)
+        except PoolTimeout:
+            raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.1f} s") from None
+        except PoolClosed:
+            raise ClosedError("the bus is closed") from None
+        token = _holding.set(not for_user_code)
+        try:
+            yield connection
+        finally:
+            _holding.reset(token)
+            await self._pool.putconn(connection)
+
+    async def run(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
+        """Run a call once on a pooled connection. See `execute` for what it raises.
+
+        Cancelling shuts the socket: psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s
+        more for its answer.
+        """
+        async with self.connection(timeout) as connection:
+            statement = asyncio.ensure_future(execute(connection, call, timeout))
+            try:
+                return await asyncio.shield(statement)
+            except asyncio.CancelledError:
+                sever(connection)
+                await asyncio.wait([statement])
+                raise
+
+    async def read(self, call: Call[T]) -> T:
+        """Run a call that only reads, once more when a connection turns out to be dead."""
+        for _ in range(self._pool.max_size):
+            try:
+                return await self.run(call)
+            except psycopg.Error as error:
+                if not is_connection_lost(error):
+                    raise
+        raise DatabaseUnavailableError("the connections to PostgreSQL keep breaking; nothing was read")
+
+    async def connect(self) -> psycopg.AsyncConnection[Row]:
+        """Open a connection outside the pool, for a task that keeps one."""
+        return await psycopg.AsyncConnection.connect(self._conninfo, row_factory=tuple_row, **self._settings)
+
+
+async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float) -> T:
+    """Run a call on this connection of the library's own; at the deadline (seconds) its socket is shut.
+
+    Raises the library's errors for its SQLSTATEs, else what psycopg raises.
+    """
+    timer = asyncio.get_running_loop().call_later(timeout, sever, connection)
+    try:
+        return await _execute(connection, call)
+    finally:
+        timer.cancel()
+
+
+async def _execute(connection: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
+    try:
+        async with psycopg.AsyncCursor(connection, row_factory=tuple_row) as cursor:
+            await cursor.execute(call.sql.encode(), call.params)
+            return call.read(await cursor.fetchall() if cursor.description else [])
+    except psycopg.Error as error:
+        raise translate(error) from error
+
+
+async def execute_on(connection: object, call: Call[T]) -> T:
+    """Run a call on the caller's connection, in its transaction.
+
+    A blocking connection is used in this thread: the event loop stands still for one statement.
+    """
+    if isinstance(connection, psycopg.AsyncConnection):
+        return await _execute(connection, call)
+    if isinstance(connection, psycopg.Connection):
+        try:
+            with psycopg.Cursor(connection, row_factory=tuple_row) as cursor:
+                cursor.execute(call.sql.encode(), call.params)
+                return call.read(cursor.fetchall() if cursor.description else [])
+        except psycopg.Error as error:
+            raise translate(error) from error
+    raise ConfigurationError(
+        f"connection is a {type(connection).__name__}: give a psycopg Connection or AsyncConnection"
+    )
+
+
+def sever(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Shut the connection's socket, so that whoever waits on it fails now."""
+    with (
+        contextlib.suppress(psycopg.Error, OSError),
+        socket.socket(fileno=os.dup(connection.fileno())) as twin,
+    ):
+        twin.shutdown(socket.SHUT_RDWR)
+
+
+def translate(error: psycopg.Error) -> Exception:
+    """Return the library's error for what PostgreSQL said, or the error itself."""
+    message = error.diag.message_primary or str(error)
+    if error.diag.message_hint:
+        message = f"{message}. {error.diag.message_hint}"
+    known = BY_SQLSTATE.get(error.sqlstate or "")
+    if known is not None:
+        return known(message)
+    if error.sqlstate in _NO_SCHEMA and "commandbus" in message:
+        return SchemaError(f"{message}: run `commandbus migrate` on this database")
+    return error
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether the connection broke: what was under way may or may not have happened."""
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    state = error.sqlstate or "08"
+    return state.startswith(("08", "57P")) or state == "25P03"
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether trying again later, on another connection, is what there is to do."""
+    return isinstance(error, DatabaseUnavailableError) or (
+        isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+        and (is_connection_lost(error) or (error.sqlstate or "")[:2] in {"40", "53", "55", "57", "58"})
+    )
+
+
+def own_copy(error: Exception) -> Exception:
+    """Return an error for one more caller: one object raised in 50 places grows 50 frames of traceback."""
+    twin = copy.copy(error)
+    if isinstance(error, CommandBusError):
+        twin.args = error.args
+    return twin.with_traceback(None)
+
+
+def _with_defaults(dsn: str, application_name: str) -> str:
+    try:
+        given = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError("the DSN is not a PostgreSQL connection string") from error
+    defaults = {
+        "application_name": application_name,
+        "connect_timeout": "10",
+        # A peer that vanished with data under way: noticed after 4.2 s with 4000, never by keepalives alone.
+        "tcp_user_timeout": "10000",
+        "keepalives_idle": "30",
+        "keepalives_interval": "10",
+        "keepalives_count": "3",
+    }
+    return make_conninfo("", **(defaults | {key: str(value) for key, value in given.items()}))

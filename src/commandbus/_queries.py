@@ -1,0 +1,198 @@
+"""The reading half of the protocol: values for what the views and the housekeeping functions answer."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from uuid import UUID
+
+from commandbus._calls import Call, Row
+from commandbus.errors import InvalidCommandError
+from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat
+
+MAX_LIMIT = 1000
+
+_COLUMNS = (
+    "domain, command_id, command_type, status, data::text, headers::text, correlation_id, reply_to, priority, "
+    "max_attempts, attempts, crashes, delivery, result::text, error::text, worker, sent_at, not_before, due_at, "
+    "parked_at, claimed_at, lease_until, finished_at"
+)
+
+
+def _command(row: Row) -> Command:
+    (domain, command_id, command_type, status, data, headers, correlation_id, reply_to, priority, max_attempts,
+     attempts, crashes, delivery, result, error, *rest) = row  # fmt: skip
+    return Command(
+        domain, command_id, command_type, CommandStatus(status), _json(data), _json(headers), correlation_id, reply_to,
+        priority, max_attempts, attempts, crashes, delivery, _json(result), _error(_json(error)), *rest,
+    )  # fmt: skip
+
+
+def _json(text: str | None) -> Json:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"<cannot be read: {error}>"
+
+
+def _error(value: Json) -> Error | None:
+    if not isinstance(value, dict):
+        return None
+    return Error(str(value.get("code", "")), str(value.get("message", "")), value.get("details"))
+
+
+def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
+    """Read one command, unfinished or finished."""
+    return Call(
+        f"SELECT {_COLUMNS} FROM commandbus.commands WHERE domain = %s AND command_id = %s LIMIT 1",
+        (domain, command_id),
+        lambda rows: _command(rows[0]) if rows else None,
+    )
+
+
+def query_commands(
+    *,
+    domain: str | None,
+    status: CommandStatus | None,
+    command_type: str | None,
+    limit: int,
+    cursor: str | None,
+) -> Call[Page[Command]]:
+    """Newest first within a domain, by id; ids that the library made grow with time."""
+    where, params = _filter(domain, status, command_type)
+    if cursor is not None:
+        where.append("(domain, command_id) < (%s, %s)")
+        params += _read_cursor(cursor)
+    return _page(
+        "commands",
+        where,
+        params,
+        order="domain DESC, command_id DESC",
+        limit=limit,
+        key=lambda command: [command.domain, str(command.command_id)],
+    )
+
+
+def list_troubleshooting(
+    *, domain: str, command_type: str | None, limit: int, cursor: str | None
+) -> Call[Page[Command]]:
+    """Parked commands, the longest parked first."""
+    where, params = _filter(domain, None, command_type)
+    if cursor is not None:
+        where.append("(parked_at, command_id) > (%s, %s)")
+        params += _read_cursor(cursor)
+    return _page(
+        "troubleshooting",
+        where,
+        params,
+        order="parked_at, command_id",
+        limit=limit,
+        key=lambda command: [str(command.parked_at), str(command.command_id)],
+    )
+
+
+def count(domain: str | None, status: CommandStatus | None, command_type: str | None) -> Call[int]:
+    """Count commands, finished ones included."""
+    where, params = _filter(domain, status, command_type)
+    return Call(
+        f"SELECT count(*) FROM commandbus.commands{_where(where)}",
+        tuple(params),
+        lambda rows: int(rows[0][0]),
+    )
+
+
+def stats(domain: str | None) -> Call[list[Stat]]:
+    """Count what is unfinished, by domain, type and status."""
+    where, params = _filter(domain, None, None)
+    return Call(
+        "SELECT domain, command_type, status, count, oldest_sent_at FROM commandbus.stats"
+        f"{_where(where)} ORDER BY 1, 2, 3",
+        tuple(params),
+        lambda rows: [Stat(row[0], row[1], CommandStatus(row[2]), row[3], row[4]) for row in rows],
+    )
+
+
+def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
+    """All steps of a command, in order."""
+
+    def read(row: Row) -> AuditEvent:
+        fields = list(row)
+        fields[5] = CommandStatus(row[5]) if row[5] else None
+        fields[6] = CommandStatus(row[6])
+        fields[13:] = _error(_json(row[13])), _json(row[14])
+        return AuditEvent(*fields)
+
+    return Call(
+        "SELECT domain, command_id, step, event, occurred_at, from_status, to_status, delivery, attempt, worker, "
+        "lease_token, operator, reason, error::text, details::text FROM commandbus.audit_trail "
+        "WHERE domain = %s AND command_id = %s ORDER BY step",
+        (domain, command_id),
+        lambda rows: [read(row) for row in rows],
+    )
+
+
+def schema() -> Call[tuple[int | None, int | None]]:
+    """The database's schema version and the oldest client it serves."""
+    return Call("SELECT version, oldest_client FROM commandbus.schema_v1()", (), lambda rows: (rows[0][0], rows[0][1]))
+
+
+def make_partitions() -> Call[None]:
+    """Make this and the next weeks of the history."""
+    return Call("SELECT commandbus.make_partitions_v1()", (), lambda _: None)
+
+
+def drop_expired() -> Call[list[tuple[str, list[int] | None]]]:
+    """Drop the weeks whose retention is over; each with the process ids that blocked it, or None."""
+    return Call(
+        "SELECT week, blocked_by FROM commandbus.drop_expired_v1()",
+        (),
+        lambda rows: [(r[0], r[1]) for r in rows],
+    )
+
+
+def _filter(
+    domain: str | None, status: CommandStatus | None, command_type: str | None
+) -> tuple[list[str], list[object]]:
+    given = {"domain": domain, "status": status, "command_type": command_type}
+    chosen = {column: str(value) for column, value in given.items() if value is not None}
+    return [f"{column} = %s" for column in chosen], list(chosen.values())
+
+
+def _where(conditions: list[str]) -> str:
+    return f" WHERE {' AND '.join(conditions)}" if conditions else ""
+
+
+def _page(
+    view: str,
+    where: list[str],
+    params: list[object],
+    *,
+    order: str,
+    limit: int,
+    key: Callable[[Command], list[str]],
+) -> Call[Page[Command]]:
+    if not 1 <= limit <= MAX_LIMIT:
+        raise InvalidCommandError(f"limit is {limit}: it must be between 1 and {MAX_LIMIT:,}")
+
+    def read(rows: list[Row]) -> Page[Command]:
+        items = tuple(_command(row) for row in rows[:limit])
+        more = len(rows) > limit
+        return Page(items, _write_cursor(key(items[-1])) if more else None)
+
+    sql = f"SELECT {_COLUMNS} FROM commandbus.{view}{_where(where)} ORDER BY {order} LIMIT {limit + 1}"
+    return Call(sql, tuple(params), read)
+
+
+def _write_cursor(key: list[str]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
+
+
+def _read_cursor(cursor: str) -> list[object]:
+    try:
+        first, second = json.loads(base64.urlsafe_b64decode(cursor.encode()))
+        return [str(first), UUID(second)]
+    except (ValueError, TypeError):
+        raise InvalidCommandError("cursor is not one that a page gave out as next_cursor") from None

@@ -1,0 +1,192 @@
+"""What runs a command: the registry of handlers, and what a handler is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import psycopg
+
+from commandbus.errors import ConfigurationError, LeaseLostError
+from commandbus.model import Command, Json
+from commandbus.policy import RetryPolicy
+
+
+class _Lease(Protocol):
+    """What a context asks of the lease that its handler runs under."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+
+class HandlerContext:
+    """What a handler is told besides its command.
+
+    `delivery` counts the claims of this command and never goes back: use it as fencing token in other systems, with
+    `command.command_id` as idempotency key. `attempt` is the number of this attempt, from 1. `connection` is, in a
+    transactional handler, the open transaction that the completion will join; otherwise None.
+    """
+
+    __slots__ = ("_lease", "attempt", "command", "connection", "delivery")
+
+    def __init__(
+        self,
+        command: Command,
+        lease: _Lease,
+        connection: psycopg.AsyncConnection | None = None,
+    ) -> None:
+        self.command = command
+        self.delivery = command.delivery
+        self.attempt = command.attempts + 1
+        self.connection = connection
+        self._lease = lease
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that the command was sent with."""
+        return dict(self.command.headers)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the outcome can no longer be recorded: the lease is lost, or the handler's time is over."""
+        return self._lease.cancelled
+
+    def raise_if_cancelled(self) -> None:
+        """Raise `LeaseLostError` when `cancelled`. Call it between the steps of a long handler."""
+        if self.cancelled:
+            raise LeaseLostError(
+                f"command {self.command.command_id}: delivery {self.delivery} cannot record its outcome any more; stop"
+            )
+
+
+AsyncFunction: TypeAlias = Callable[[Command, HandlerContext], Awaitable[Json]]
+BlockingFunction: TypeAlias = Callable[[Command, HandlerContext], Json]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A registered handler. `blocking` (a plain `def`) was decided at registration."""
+
+    domain: str
+    command_type: str
+    function: AsyncFunction | BlockingFunction
+    blocking: bool
+    transactional: bool
+    retry: RetryPolicy
+    timeout: timedelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """What `handler(...)` writes on a method until `register_instance` reads it."""
+
+    domain: str
+    command_type: str
+    transactional: bool
+    retry: RetryPolicy | None
+    timeout: timedelta | None
+
+
+def handler(
+    domain: str,
+    command_type: str,
+    *,
+    transactional: bool = False,
+    retry: RetryPolicy | None = None,
+    timeout: timedelta | None = None,
+) -> Callable[[F], F]:
+    """Mark a method as the handler of a command type; `HandlerRegistry.register_instance` registers it."""
+
+    def mark(function: F) -> F:
+        function.__commandbus_handler__ = _Mark(domain, command_type, transactional, retry, timeout)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class HandlerRegistry:
+    """Which function handles which command type. A worker claims only the types that it finds here."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[tuple[str, str], Handler] = {}
+
+    def handler(
+        self,
+        domain: str,
+        command_type: str,
+        *,
+        transactional: bool = False,
+        retry: RetryPolicy | None = None,
+        timeout: timedelta | None = None,
+    ) -> Callable[[F], F]:
+        """Register the decorated `def` or `async def` function; it is called with the command and a context.
+
+        What it returns is kept as the command's result. `transactional`: its writes through `context.connection`
+        commit together with the completion, or not at all. `retry`: see `RetryPolicy`. `timeout`: a running handler
+        that exceeds it has failed, as a transient error; an async one is cancelled.
+        Raises `ConfigurationError` for a type that has a handler already.
+        """
+
+        def register(function: F) -> F:
+            self._add(_Mark(domain, command_type, transactional, retry, timeout), function)
+            return function
+
+        return register
+
+    def register_instance(self, instance: object) -> None:
+        """Register the methods of `instance` that are marked with `commandbus.handler(...)`."""
+        found = False
+        for name, function in inspect.getmembers(type(instance), inspect.isfunction):
+            mark = getattr(function, "__commandbus_handler__", None)
+            if isinstance(mark, _Mark):
+                self._add(mark, getattr(instance, name))
+                found = True
+        if not found:
+            raise ConfigurationError(f"{type(instance).__name__} has no method marked with commandbus.handler(...)")
+
+    def find(self, domain: str, command_type: str) -> Handler:
+        """Return the handler of this type. Raises `ConfigurationError` when there is none."""
+        try:
+            return self._handlers[domain, command_type]
+        except KeyError:
+            raise ConfigurationError(f'no handler for command type "{command_type}" of "{domain}"') from None
+
+    def of_domains(self, domains: Iterable[str]) -> list[Handler]:
+        """Return the handlers of these domains. Raises `ConfigurationError` for a domain without one."""
+        found = []
+        for domain in domains:
+            here = [handler for handler in self._handlers.values() if handler.domain == domain]
+            if not here:
+                raise ConfigurationError(f'the registry has no handler for domain "{domain}"')
+            found += here
+        return found
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains that have a handler, sorted."""
+        return sorted({domain for domain, _ in self._handlers})
+
+    def _add(self, mark: _Mark, function: Callable[..., Any]) -> None:
+        key = (mark.domain, mark.command_type)
+        if key in self._handlers:
+            raise ConfigurationError(f'command type "{mark.command_type}" of "{mark.domain}" has a handler already')
+        blocking = not inspect.iscoroutinefunction(function)
+        if blocking and mark.transactional:
+            raise ConfigurationError(
+                f'the handler of "{mark.command_type}" is transactional: it must be an `async def` function'
+            )
+        if mark.timeout is not None and mark.timeout <= timedelta(0):
+            raise ConfigurationError(f'the timeout of "{mark.command_type}" must be above zero')
+        self._handlers[key] = Handler(
+            mark.domain,
+            mark.command_type,
+            function,
+            blocking,
+            mark.transactional,
+            mark.retry or RetryPolicy(),
+            mark.timeout,
+        )

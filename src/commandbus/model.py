@@ -1,0 +1,141 @@
+"""The values that go in and come out: plain, frozen, without I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, Generic, TypeAlias, TypeVar
+from uuid import UUID
+
+Json: TypeAlias = Any
+"""Anything that `json.dumps` takes: the one place where `Any` is allowed."""
+
+T = TypeVar("T")
+
+
+class CommandStatus(StrEnum):
+    """Where a command is in its life. The last three are terminal; a parked command is not."""
+
+    PENDING = "PENDING"
+    SCHEDULED = "SCHEDULED"
+    IN_PROGRESS = "IN_PROGRESS"
+    IN_TROUBLESHOOTING_QUEUE = "IN_TROUBLESHOOTING_QUEUE"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a command of this status is finished for good."""
+        return self in (CommandStatus.COMPLETED, CommandStatus.FAILED, CommandStatus.CANCELED)
+
+
+@dataclass(frozen=True, slots=True)
+class SendRequest:
+    """One command to send: the parameters of `CommandBus.send`, for `send_batch`."""
+
+    domain: str
+    command_type: str
+    data: Json
+    command_id: UUID | None = field(default=None, kw_only=True)
+    correlation_id: str | None = field(default=None, kw_only=True)
+    reply_to: str | None = field(default=None, kw_only=True)
+    max_attempts: int | None = field(default=None, kw_only=True)
+    delay: timedelta | None = field(default=None, kw_only=True)
+    priority: int = field(default=0, kw_only=True)
+    headers: Mapping[str, str] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The command is durable. `duplicate`: it was already, with the same type and data as first sent."""
+
+    domain: str
+    command_id: UUID
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Why an attempt did not succeed. `code` is for programs, `message` for people, `details` any JSON value."""
+
+    code: str
+    message: str = ""
+    details: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command as it is kept. Times are aware; `attempts` and `crashes` start anew with an operator's retry."""
+
+    domain: str
+    command_id: UUID
+    command_type: str
+    status: CommandStatus
+    data: Json
+    headers: Mapping[str, str]
+    correlation_id: str | None
+    reply_to: str | None
+    priority: int
+    max_attempts: int | None
+    attempts: int
+    crashes: int
+    delivery: int
+    result: Json
+    error: Error | None
+    worker: str | None
+    sent_at: datetime
+    not_before: datetime | None
+    due_at: datetime | None
+    parked_at: datetime | None
+    claimed_at: datetime | None
+    lease_until: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """One step in the life of a command. `step` orders the steps; `lease_token` names the lease it was made under."""
+
+    domain: str
+    command_id: UUID
+    step: int
+    event: str
+    occurred_at: datetime
+    from_status: CommandStatus | None
+    to_status: CommandStatus
+    delivery: int | None
+    attempt: int | None
+    worker: str | None
+    lease_token: UUID | None
+    operator: str | None
+    reason: str | None
+    error: Error | None
+    details: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """How many commands of a domain and type are in an unfinished status, and when the oldest of them was sent."""
+
+    domain: str
+    command_type: str
+    status: CommandStatus
+    count: int
+    oldest_sent_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a longer list. Give `next_cursor` back as `cursor` for the next part; None: this was the last."""
+
+    items: tuple[T, ...]
+    next_cursor: str | None
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)

@@ -1,0 +1,153 @@
+"""Claims commands as slots become free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import psycopg
+
+from commandbus import _calls
+from commandbus._calls import Claim, Claimed
+from commandbus._database import Database
+from commandbus.errors import CommandBusError
+from commandbus.worker.trail import Trail
+
+logger = logging.getLogger("commandbus.worker")
+
+_FIRST_PAUSE, _LAST_PAUSE = 0.05, 1.0  # seconds between polls that find nothing: when busy, when idle
+_SCAN_SHARE = 0.05  # of the time may go into claims from the start of the queue
+_MAX_TROUBLE_PAUSE = 2.0
+
+
+class Lane:
+    """The command types of one domain that share their slots. `free()` says how many could start at once."""
+
+    def __init__(self, domain: str, command_types: Sequence[str], free: Callable[[], int]) -> None:
+        self.domain = domain
+        self.free = free
+        self.trail = Trail(command_types)
+        self.scan_at = 0.0
+        self.due_at = float("inf")
+
+
+class Claimer:
+    """Claims for all lanes in turn; `start` is called with each claim's commands and the time it was asked for."""
+
+    def __init__(
+        self,
+        database: Database,
+        lanes: Sequence[Lane],
+        *,
+        worker: str,
+        lease: timedelta,
+        start: Callable[[list[Claimed], float], None],
+        idle: Callable[[], bool],
+    ) -> None:
+        self._database = database
+        self._lanes = list(lanes)
+        self._worker = worker
+        self._lease = lease
+        self._sweep_seconds = lease.total_seconds() / 6
+        self._start = start
+        self._idle = idle
+        self._woken = asyncio.Event()
+        self._stopping = False
+
+    def wake(self) -> None:
+        """There may be work, or a free slot."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Claim nothing more; `run` returns."""
+        self._stopping = True
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Claim until stopped. Lasts through any trouble with the database."""
+        pause = trouble = _FIRST_PAUSE
+        while not self._stopping:
+            self._woken.clear()
+            try:
+                found = await self._claim_all()
+            except (CommandBusError, psycopg.Error) as error:
+                logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, error)
+                await self._sleep(trouble)
+                trouble = min(_MAX_TROUBLE_PAUSE, trouble * 2)
+                continue
+            trouble = _FIRST_PAUSE
+            if found:
+                pause = _FIRST_PAUSE
+                continue
+            if any(lane.free() > 0 for lane in self._lanes):
+                due = min(lane.due_at for lane in self._lanes) - time.monotonic()
+                woken = await self._sleep(max(0.0, min(pause * random.uniform(0.8, 1.2), due)))  # noqa: S311
+                pause = _FIRST_PAUSE if woken else min(_LAST_PAUSE, pause * 2)
+            else:
+                await self._woken.wait()
+
+    async def _claim_all(self) -> int:
+        """Claim once for every lane with a free slot; returns how many commands were claimed."""
+        found = 0
+        self._lanes.append(self._lanes.pop(0))  # another lane is first each time
+        for lane in self._lanes:
+            free = lane.free()
+            if free <= 0 or self._stopping:
+                continue
+            claim = await self._claim(lane, free)
+            found += len(claim.commands)
+            if claim.alone_waiting and not self._stopping:
+                found += await self._run_alone(lane)
+        return found
+
+    async def _claim(self, lane: Lane, limit: int) -> Claim:
+        """Claim behind the remembered places; now and then from the start, looking for expired leases as well."""
+        asked_at = time.monotonic()
+        scan = asked_at >= lane.scan_at
+        segments = lane.trail.whole() if scan else lane.trail.rest()
+        claim = await self._database.run(
+            _calls.claim(lane.domain, segments, limit, self._worker, self._lease, sweep=scan)
+        )
+        now = time.monotonic()
+        if scan:
+            share = (now - asked_at) / _SCAN_SHARE
+            lane.scan_at = asked_at + min(max(1.0, share), max(1.0, self._sweep_seconds))
+        lane.due_at = now + claim.next_due.total_seconds() if claim.next_due is not None else float("inf")
+        lane.trail.saw(claim.commands, now)
+        if claim.commands:
+            self._start(sorted(claim.commands, key=_by_place), asked_at)
+        return claim
+
+    async def _run_alone(self, lane: Lane) -> int:
+        """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along."""
+        while not self._idle():
+            self._woken.clear()
+            await self._woken.wait()
+        if self._stopping:
+            return 0
+        asked_at = time.monotonic()
+        claim = await self._database.run(
+            _calls.claim(lane.domain, lane.trail.whole(), 1, self._worker, self._lease, alone=True)
+        )
+        if claim.commands:
+            self._start(claim.commands, asked_at)
+            while not self._idle():
+                self._woken.clear()
+                await self._woken.wait()
+        return len(claim.commands)
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Sleep, or less when woken; whether that was so."""
+        try:
+            await asyncio.wait_for(self._woken.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+def _by_place(command: Claimed) -> int:
+    return command.place or 0

@@ -1,0 +1,94 @@
+"""How a delivery ended, as a value; the finisher makes one call of each."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeAlias
+
+from commandbus.errors import BusinessRuleError, CommandError, PermanentCommandError
+from commandbus.handlers import Handler
+from commandbus.model import Json
+
+MAX_TEXT = 4096
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The handler returned; `result` is JSON text."""
+
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The handler did not succeed. `kind` is TRANSIENT, PERMANENT or BUSINESS, `error` JSON text."""
+
+    kind: str
+    error: str
+    retry_in: timedelta
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The handler did not end; nothing is charged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The outcome is in the database already, or the lease is lost: there is nothing left to call."""
+
+
+Ending: TypeAlias = Completed | Failed | Released | Recorded
+
+
+def completed(result: Json, handler: Handler, attempt: int) -> Completed | Failed:
+    """Return the ending of a handler that returned this; a result that is not JSON is a permanent failure."""
+    try:
+        return Completed(json.dumps(result, allow_nan=False, separators=(",", ":")))
+    except (TypeError, ValueError, RecursionError) as error:
+        return failed(PermanentCommandError("RESULT_NOT_JSON", str(error)), handler, attempt)
+
+
+def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
+    """Return the ending of a handler that raised this. What is not a `CommandError` is transient."""
+    match error:
+        case BusinessRuleError():
+            kind = "BUSINESS"
+        case PermanentCommandError():
+            kind = "PERMANENT"
+        case _:
+            kind = "TRANSIENT"
+    if isinstance(error, CommandError):
+        code, message, details = error.code, error.message, error.details
+    else:
+        code, message, details = type(error).__name__, str(error), None
+    text = _error_text(code, message, details)
+    return Failed(kind, text, handler.retry.wait_after(attempt), handler.retry.max_attempts)
+
+
+def refused(reason: str, handler: Handler) -> Failed:
+    """Return the ending of a command whose result the database refused, or whose data cannot be read."""
+    return failed(PermanentCommandError("UNSTORABLE", reason), handler, 1)
+
+
+def storable(text: str) -> str:
+    """Return the text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4 KiB."""
+    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:MAX_TEXT])
+
+
+def _error_text(code: str, message: str, details: Json) -> str:
+    error: dict[str, Json] = {"code": storable(str(code))[:128], "message": storable(str(message))}
+    if details is not None:
+        try:
+            text = json.dumps(details, allow_nan=False)
+            error["details"] = (
+                details if len(text) <= MAX_TEXT and "\\u0000" not in text and "\\ud" not in text else storable(text)
+            )
+        except (TypeError, ValueError, RecursionError):
+            error["details"] = storable(repr(details))
+    return json.dumps(error)

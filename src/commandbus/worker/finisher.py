@@ -1,0 +1,146 @@
+"""Records how deliveries ended, many in one call."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import psycopg
+
+from commandbus import _calls
+from commandbus._calls import Answers, Call
+from commandbus._database import Database
+from commandbus.errors import CommandBusError
+from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, refused
+from commandbus.worker.leases import Lease, Leases
+
+logger = logging.getLogger("commandbus.worker")
+
+Outcome: TypeAlias = tuple[Lease, Ending]
+MAX_BATCH = 500
+_BUSY_PAUSE = 0.05  # seconds
+_MAX_PAUSE = 2.0
+_REFUSED = {"22", "23", "54"}  # data, constraint, limit
+
+
+class Finisher:
+    """Takes endings and records them; a lease is let go when its ending is recorded, or was lost.
+
+    That recording fails is no failure of the handler: the recording is repeated, the handler is not.
+    """
+
+    def __init__(self, database: Database, leases: Leases, freed: Callable[[], None]) -> None:
+        self._database = database
+        self._leases = leases
+        self._freed = freed
+        self._waiting: list[Outcome] = []
+        self._arrived = asyncio.Event()
+        self._closing = False
+        self._pause = 0.0
+
+    def put(self, lease: Lease, ending: Ending) -> None:
+        """Take an ending; does not wait."""
+        self._waiting.append((lease, ending))
+        self._arrived.set()
+
+    def close(self) -> None:
+        """Let `run` return once every ending is recorded."""
+        self._closing = True
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Record what arrives, until closed."""
+        while not (self._closing and not len(self._leases)):
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                await self._record_all(batch)
+
+    async def _record_all(self, batch: list[Outcome]) -> None:
+        groups: defaultdict[tuple[str, type], list[Outcome]] = defaultdict(list)
+        for lease, ending in batch:
+            if isinstance(ending, Recorded):
+                self._let_go(lease)
+            else:
+                groups[lease.claimed.domain, type(ending)].append((lease, ending))
+        for (domain, _), outcomes in groups.items():
+            for start in range(0, len(outcomes), MAX_BATCH):
+                await self._record(domain, outcomes[start : start + MAX_BATCH])
+
+    async def _record(self, domain: str, outcomes: list[Outcome]) -> None:
+        try:
+            answers = await self._database.run(_call(domain, outcomes))
+        except (CommandBusError, psycopg.Error) as error:
+            if (getattr(error, "sqlstate", None) or "")[:2] in _REFUSED:
+                await self._find_refused(domain, outcomes, error)
+            else:
+                await self._again_later(outcomes, error)
+            return
+        self._pause = 0.0
+        for lease, ending in outcomes:
+            match answers.get(lease.claimed.command_id):
+                case "done":
+                    self._let_go(lease)
+                case "busy":
+                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.put, lease, ending)
+                case _:
+                    self._let_go(lease)
+                    logger.warning(
+                        "the lease was lost before its outcome was recorded; nothing was changed",
+                        extra=lease.log_extra(self._leases.worker),
+                    )
+
+    async def _find_refused(self, domain: str, outcomes: list[Outcome], error: Exception) -> None:
+        """Halve the batch until the ending stands alone that the database refuses; it fails for good, and says why."""
+        if len(outcomes) > 1:
+            middle = len(outcomes) // 2
+            await self._record(domain, outcomes[:middle])
+            await self._record(domain, outcomes[middle:])
+            return
+        lease, ending = outcomes[0]
+        logger.error("PostgreSQL refuses the outcome: %s", error, extra=lease.log_extra(self._leases.worker))
+        if isinstance(ending, Completed):
+            self.put(lease, refused(f"PostgreSQL refuses the result: {error}", lease.handler))
+        else:
+            self._let_go(lease)  # nothing of ours is left to say: the lease runs out
+
+    async def _again_later(self, outcomes: list[Outcome], error: Exception) -> None:
+        self._pause = min(_MAX_PAUSE, max(0.1, self._pause * 2))
+        logger.warning("%d outcomes could not be recorded, again in %.1f s: %s", len(outcomes), self._pause, error)
+        await asyncio.sleep(self._pause)
+        for lease, ending in outcomes:
+            self.put(lease, ending)
+
+    def _let_go(self, lease: Lease) -> None:
+        self._leases.remove(lease)
+        self._freed()
+        if self._closing:
+            self._arrived.set()
+
+
+def _call(domain: str, outcomes: Sequence[Outcome]) -> Call[Answers]:
+    """Return the one call that records these endings, which are of one kind."""
+    items = [lease.item(_fields(ending)) for lease, ending in outcomes]
+    match outcomes[0][1]:
+        case Completed():
+            return _calls.complete(domain, items)
+        case Failed():
+            return _calls.fail(domain, items)
+        case _:
+            return _calls.release(domain, items)
+
+
+def _fields(ending: Ending) -> str:
+    match ending:
+        case Completed(result):
+            return f',"result":{result}'
+        case Failed(kind, error, retry_in, max_attempts):
+            return (
+                f',"kind":"{kind}","error":{error},"retry_in":{retry_in.total_seconds()},"max_attempts":{max_attempts}'
+            )
+        case Released() | Recorded():
+            return ""

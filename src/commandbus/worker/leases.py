@@ -1,0 +1,100 @@
+"""The leases that a worker holds, from the claim until the outcome is recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from commandbus import _calls
+from commandbus._calls import Claimed
+from commandbus.handlers import Handler
+
+
+class Lease:
+    """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
+
+    __slots__ = ("_ended", "claimed", "deadline", "handler", "lost", "task")
+
+    def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
+        self.claimed = claimed
+        self.handler = handler
+        self.deadline = deadline
+        self.task: asyncio.Task[None] | None = None
+        self.lost = False
+        self._ended = threading.Event()
+
+    @property
+    def key(self) -> tuple[str, UUID, int]:
+        """Domain, id and delivery: one delivery is one lease."""
+        return self.claimed.domain, self.claimed.command_id, self.claimed.delivery
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the handler's outcome can no longer be recorded."""
+        return self._ended.is_set()
+
+    def end(self) -> None:
+        """Tell the handler that its outcome can no longer be recorded. Any thread may."""
+        self._ended.set()
+
+    def item(self, more: str = "") -> str:
+        """Return the JSON that names this lease in a call."""
+        return _calls.held(self.claimed.command_id, self.claimed.delivery, self.claimed.lease_token, more)
+
+    def log_extra(self, worker: str) -> dict[str, Any]:
+        """Return the stable keys under which log records name this delivery."""
+        return {
+            "domain": self.claimed.domain,
+            "command_type": self.claimed.command_type,
+            "command_id": str(self.claimed.command_id),
+            "delivery": self.claimed.delivery,
+            "attempt": self.claimed.attempts + 1,
+            "worker": worker,
+        }
+
+
+class Leases:
+    """All leases of one worker. The loop adds and removes; the renewer's thread reads, renews and ends them."""
+
+    def __init__(self, worker: str, duration: timedelta) -> None:
+        self.worker = worker
+        self.duration = duration
+        # Two seconds or a tenth: what a late stop may cost on top of the lease.
+        self._margin = min(2.0, duration.total_seconds() / 10)
+        self._held: dict[tuple[str, UUID, int], Lease] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Lease]:
+        with self._lock:
+            return iter(list(self._held.values()))
+
+    def deadline(self, asked_at: float) -> float:
+        """Return until when a lease is to be trusted that was asked for at this monotonic time."""
+        return asked_at + self.duration.total_seconds() - self._margin
+
+    def add(self, lease: Lease) -> None:
+        """Hold a lease."""
+        with self._lock:
+            self._held[lease.key] = lease
+
+    def remove(self, lease: Lease) -> None:
+        """Let go of a lease whose outcome is recorded or lost."""
+        with self._lock:
+            self._held.pop(lease.key, None)
+
+    def renewed(self, lease: Lease, asked_at: float) -> None:
+        """Trust a lease again for its duration."""
+        lease.deadline = self.deadline(asked_at)
+
+    def overdue(self) -> list[Lease]:
+        """Return the leases whose deadline has passed and that nobody has ended yet."""
+        now = time.monotonic()
+        return [lease for lease in self if now >= lease.deadline and not lease.cancelled]

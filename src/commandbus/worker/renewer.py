@@ -1,0 +1,138 @@
+"""Renews leases from a thread with an event loop and a connection of its own.
+
+A handler that blocks the worker's loop, or a pool that is used up, must not cost it its leases. Code in C that holds
+the interpreter lock does stop this thread too (a catastrophic regular expression: 3.6 s); the fence in the database
+is what protects then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+from commandbus import _calls
+from commandbus._database import Database, execute
+from commandbus.errors import CommandBusError
+from commandbus.worker.leases import Lease, Leases
+
+logger = logging.getLogger("commandbus.worker")
+
+_CALL_SECONDS = 5.0
+_BUSY_PAUSE = 0.05
+_BUSY_TRIES = 20
+
+
+class Renewer:
+    """Renews every third of the lease; `lost` is called in its thread for a lease that cannot be trusted any more."""
+
+    def __init__(self, database: Database, leases: Leases, lost: Callable[[Lease], None]) -> None:
+        self._database = database
+        self._leases = leases
+        self._lost = lost
+        self._thread = threading.Thread(target=self._serve, name=f"{leases.worker}-renewer", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = threading.Event()
+        self._stopped = asyncio.Event()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Ask the thread to end, and wait so long for it."""
+        self._stop.set()
+        if self._loop is not None:
+            self._wake(self._loop)
+        self._thread.join(seconds)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.call_soon_threadsafe(self._stopped.set)
+        except RuntimeError:
+            return  # the loop has ended already
+
+    def _serve(self) -> None:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        watch = asyncio.create_task(self._watch())
+        try:
+            await self._renew_until_stopped()
+        finally:
+            watch.cancel()
+
+    async def _watch(self) -> None:
+        """Fence this process off by itself when renewals do not come through in time."""
+        while True:
+            for lease in self._leases.overdue():
+                logger.error(
+                    "the lease could not be renewed in time and is given up",
+                    extra=lease.log_extra(self._leases.worker),
+                )
+                self._lost(lease)
+            await asyncio.sleep(min(1.0, self._leases.duration.total_seconds() / 50))
+
+    async def _renew_until_stopped(self) -> None:
+        connection: psycopg.AsyncConnection[Any] | None = None
+        interval = self._leases.duration.total_seconds() / 3
+        pause = interval
+        while not self._stop.is_set():
+            try:
+                await asyncio.wait_for(self._stopped.wait(), pause)
+            except TimeoutError:
+                pass
+            else:
+                break
+            try:
+                if len(self._leases):
+                    connection = connection or await self._database.connect()
+                    await self._renew(connection)
+                pause = interval
+            except (CommandBusError, psycopg.Error, OSError) as error:
+                logger.warning("leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), error)
+                pause = min(1.0, interval / 4)
+                if connection is not None:
+                    await connection.close()
+                connection = None
+        if connection is not None:
+            await connection.close()
+
+    async def _renew(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Renew all leases held, one statement a domain; a row that somebody has locked is tried again alone."""
+        by_domain: defaultdict[str, list[Lease]] = defaultdict(list)
+        for lease in self._leases:
+            if not lease.lost:
+                by_domain[lease.claimed.domain].append(lease)
+        for domain, leases in by_domain.items():
+            busy = await self._renew_some(connection, domain, leases)
+            for _ in range(_BUSY_TRIES):
+                if not busy:
+                    break
+                await asyncio.sleep(_BUSY_PAUSE)
+                busy = await self._renew_some(connection, domain, busy)
+
+    async def _renew_some(
+        self, connection: psycopg.AsyncConnection[Any], domain: str, leases: list[Lease]
+    ) -> list[Lease]:
+        asked_at = time.monotonic()  # before the call leaves: what it costs is not trusted
+        call = _calls.renew(domain, [lease.item() for lease in leases], self._leases.duration)
+        answers = await execute(connection, call, _CALL_SECONDS)
+        busy = []
+        for lease in leases:
+            match answers.get(lease.claimed.command_id):
+                case "done":
+                    self._leases.renewed(lease, asked_at)
+                case "busy":
+                    busy.append(lease)
+                case _:
+                    self._lost(lease)
+        return busy

@@ -1,0 +1,223 @@
+"""Runs handlers: each delivery is a task that turns whatever happens into an ending."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+
+from commandbus import _calls
+from commandbus._database import CALL_SECONDS, Database, execute, is_connection_lost
+from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
+from commandbus.handlers import HandlerContext
+from commandbus.model import Command, Json
+from commandbus.tracing import Tracing
+from commandbus.worker.endings import Completed, Ending, Recorded, Released, completed, failed, refused
+from commandbus.worker.leases import Lease
+from commandbus.worker.threads import HandlerThreads
+
+logger = logging.getLogger("commandbus.worker")
+
+_TRANSACTION = _calls.Call("SELECT pg_current_xact_id()::text", (), lambda rows: str(rows[0][0]))
+_BUSY_TRIES = 40  # at 50 ms
+
+
+class Runner:
+    """Starts a task for each lease; `finish` is called with its ending."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        tracing: Tracing,
+        threads: HandlerThreads,
+        transactions: Database | None,
+        finish: Callable[[Lease, Ending], None],
+        freed: Callable[[], None],
+    ) -> None:
+        self.running = 0
+        self._worker = worker
+        self._tracing = tracing
+        self._threads = threads
+        self._transactions = transactions
+        self._finish = finish
+        self._freed = freed
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, lease: Lease) -> None:
+        """Run the handler of this lease; does not wait."""
+        self.running += 1
+        task = asyncio.get_running_loop().create_task(self._run(lease))
+        lease.task = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for all handlers; whether all ended in time."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        return not self._tasks
+
+    async def give_up(self) -> None:
+        """Stop waiting: cancel the async handlers, tell the blocking ones; their leases are released."""
+        for task in list(self._tasks):
+            task.cancel()
+        await self.wait(CALL_SECONDS)
+
+    async def _run(self, lease: Lease) -> None:
+        ending: Ending = Released()
+        try:
+            ending = await self._ending(lease)
+        except asyncio.CancelledError:
+            # Not passed on: only this worker cancels these tasks, when a lease is lost or the grace is over.
+            ending = Recorded() if lease.lost else Released()
+        finally:
+            lease.end()
+            self.running -= 1
+            self._finish(lease, ending)
+            self._freed()
+
+    async def _ending(self, lease: Lease) -> Ending:
+        handler, attempt = lease.handler, lease.claimed.attempts + 1
+        try:
+            command = lease.claimed.command(self._worker)
+        except (ValueError, RecursionError) as error:
+            return refused(f"the data cannot be read: {error}", handler)
+        try:
+            with self._tracing.activate(command.headers):
+                if handler.transactional:
+                    return await self._run_in_transaction(lease, command)
+                return completed(await self._call(lease, HandlerContext(command, lease)), handler, attempt)
+        except (CommandError, TimeoutError) as error:
+            logger.info("the handler failed: %s", _one_line(error), extra=lease.log_extra(self._worker))
+            return failed(error, handler, attempt)
+        except asyncio.CancelledError:
+            if lease.cancelled or _is_cancelling():
+                raise
+            return failed(TransientCommandError("CANCELLED", "the handler was cancelled from inside"), handler, attempt)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - every ending of a handler is told
+            logger.warning(
+                "the handler raised %s: %s",
+                type(error).__name__,
+                _one_line(error),
+                extra=lease.log_extra(self._worker),
+            )
+            return failed(error, handler, attempt)
+
+    async def _call(self, lease: Lease, context: HandlerContext) -> Json:
+        """Call the handler, bounded by its timeout."""
+        handler = lease.handler
+        scope = asyncio.timeout(None if handler.timeout is None else handler.timeout.total_seconds())
+        try:
+            async with scope:
+                if handler.blocking:
+                    return await self._call_in_thread(lease, context)
+                return await handler.function(context.command, context)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            lease.end()
+            raise TransientCommandError("TIMEOUT", f"the handler exceeded its timeout of {handler.timeout}") from None
+
+    async def _call_in_thread(self, lease: Lease, context: HandlerContext) -> Json:
+        """Run a `def` handler in a thread, in the context of this task.
+
+        On a timeout the future is given up, and the thread stays busy until the handler returns.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Json] = loop.create_future()
+        surroundings = contextvars.copy_context()
+        outcome: list[Any] = [None, None]
+
+        def work() -> None:
+            try:
+                outcome[0] = surroundings.run(lease.handler.function, context.command, context)
+            except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
+                outcome[1] = error
+
+        def settle() -> None:
+            self._freed()
+            if future.done():
+                logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
+            elif isinstance(outcome[1], StopIteration | KeyboardInterrupt | asyncio.CancelledError):
+                future.set_exception(TransientCommandError(type(outcome[1]).__name__, str(outcome[1])))
+            elif outcome[1] is not None:
+                future.set_exception(outcome[1])
+            else:
+                future.set_result(outcome[0])
+
+        def then() -> None:
+            try:
+                loop.call_soon_threadsafe(settle)
+            except RuntimeError:
+                logger.warning("a handler ended after its worker", extra=lease.log_extra(self._worker))
+
+        self._threads.submit(work, then)
+        return await future
+
+    async def _run_in_transaction(self, lease: Lease, command: Command) -> Ending:
+        """Run the handler and record its completion in one transaction.
+
+        The completion comes last, so that its row locks are held for one commit only. When the connection breaks there,
+        the outcome is unknown and the lease is released: the fence lets that pass only if nothing was committed.
+        """
+        assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
+        ended = False
+        try:
+            async with (
+                self._transactions.connection(for_user_code=True) as connection,
+                connection.transaction(),
+            ):
+                before = await execute(connection, _TRANSACTION, CALL_SECONDS)
+                result = await self._call(lease, HandlerContext(command, lease, connection))
+                ending = completed(result, lease.handler, command.attempts + 1)
+                if not isinstance(ending, Completed):
+                    raise PermanentCommandError("RESULT_NOT_JSON", "the result cannot be written as JSON")
+                if before != await execute(connection, _TRANSACTION, CALL_SECONDS):
+                    raise PermanentCommandError(
+                        "TRANSACTION_ENDED",
+                        "the handler ended the transaction by itself: what it wrote may be committed",
+                    )
+                ended = True
+                await self._complete(connection, lease, ending)
+        except LeaseLostError:
+            if not ended:
+                raise
+            logger.warning(
+                "the lease was lost; the handler's transaction is rolled back",
+                extra=lease.log_extra(self._worker),
+            )
+        except psycopg.Error as error:
+            if not (ended and is_connection_lost(error)):
+                raise
+            return Released()
+        return Recorded()
+
+    async def _complete(self, connection: psycopg.AsyncConnection[Any], lease: Lease, ending: Completed) -> None:
+        item = lease.item(f',"result":{ending.result}')
+        for _ in range(_BUSY_TRIES):
+            try:
+                answers = await execute(connection, _calls.complete(lease.claimed.domain, [item]), CALL_SECONDS)
+            except psycopg.DataError as error:
+                raise PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {error}") from error
+            match answers[lease.claimed.command_id]:
+                case "done":
+                    return
+                case "lost":
+                    raise LeaseLostError(f"command {lease.claimed.command_id}: the lease is lost")
+            await asyncio.sleep(0.05)
+        raise TransientCommandError("BUSY", "the command's row stayed locked by somebody else")
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error's text for a log line: no control characters, not longer than 200."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error)[:200])

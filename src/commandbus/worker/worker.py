@@ -1,0 +1,264 @@
+"""The worker itself: composes claimer, runner, finisher, renewer and listener."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import timedelta
+
+import psycopg
+
+from commandbus import _queries
+from commandbus._calls import Claimed
+from commandbus._database import Database
+from commandbus.bus import CommandBus
+from commandbus.errors import CommandBusError, ConfigurationError
+from commandbus.handlers import Handler, HandlerRegistry
+from commandbus.worker.claimer import Claimer, Lane
+from commandbus.worker.finisher import Finisher
+from commandbus.worker.leases import Lease, Leases
+from commandbus.worker.listener import Listener
+from commandbus.worker.renewer import Renewer
+from commandbus.worker.runner import Runner
+from commandbus.worker.threads import HandlerThreads, pool_size
+
+logger = logging.getLogger("commandbus.worker")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_RECORD_SECONDS = 10.0
+_HOUSEKEEPING_SECONDS = 600.0
+
+
+class Worker:
+    """Runs the commands of one or more domains: `await Worker(bus, "payments", registry).run()`.
+
+    `concurrency`: how many handlers run at once. `thread_pool_size`: how many of them may be plain `def` functions,
+    each in a thread; default `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a
+    command stays this worker's without renewal; it renews every third of it. `grace`: how long `run` waits for
+    running handlers when it stops. `transactional_connections`: how many transactional handlers run at once, each on
+    a connection of a pool of its own that is opened only if the registry has one.
+    """
+
+    def __init__(
+        self,
+        bus: CommandBus,
+        domain: str | Sequence[str],
+        registry: HandlerRegistry,
+        *,
+        concurrency: int = 100,
+        thread_pool_size: int | None = None,
+        lease: timedelta = timedelta(seconds=60),
+        grace: timedelta = timedelta(seconds=30),
+        transactional_connections: int = 4,
+    ) -> None:
+        if concurrency < 1 or transactional_connections < 1:
+            raise ConfigurationError("concurrency and transactional_connections must be at least 1")
+        if lease < timedelta(seconds=1):
+            raise ConfigurationError(f"the lease is {lease}: it must be at least one second")
+        if grace < timedelta(0):
+            raise ConfigurationError(f"the grace is {grace}: it must not be below zero")
+        self.domains = [domain] if isinstance(domain, str) else list(domain)
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._handlers = registry.of_domains(self.domains)
+        self._registry = registry
+        self._bus = bus
+        self._concurrency = concurrency
+        self._thread_pool_size = pool_size(thread_pool_size)
+        self._grace = grace.total_seconds()
+        self._leases = Leases(self.name, lease)
+        self._transactional_connections = transactional_connections
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stops = 0
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until `stop()`, SIGTERM or SIGINT; then let running handlers finish within the grace, and return.
+
+        What has not ended by then is released, uncharged. A second signal ends the grace. Trouble with the database is
+        logged and waited out. In a thread other than the main one, signals are left alone.
+        """
+        database = self._bus.database
+        self._loop = asyncio.get_running_loop()
+        async with self._transactions(database) as transactions:
+            self._compose(database, transactions)
+            logger.info(
+                "worker %s starts: domains %s, concurrency %d, threads %d",
+                self.name, ", ".join(self.domains), self._concurrency, self._thread_pool_size,
+            )  # fmt: skip
+            with self._signals():
+                await self._work(database)
+            logger.info("worker %s has stopped", self.name)
+
+    def stop(self) -> None:
+        """Stop claiming; `run` returns when the running handlers have ended. Any thread may call it.
+
+        A second call ends the grace.
+        """
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
+                self._loop.call_soon_threadsafe(self._stop)
+        else:
+            self._stops += 1
+
+    def _stop(self) -> None:
+        self._stops += 1
+        self._claimer.stop()
+        if self._stops > 1:
+            self._hurry.set()
+
+    # -- composing -----------------------------------------------------------------------------------------------------
+
+    def _compose(self, database: Database, transactions: Database | None) -> None:
+        self._threads = HandlerThreads(self._thread_pool_size, self.name)
+        self._finisher = Finisher(database, self._leases, self._freed)
+        self._runner = Runner(
+            worker=self.name,
+            tracing=self._bus.tracing,
+            threads=self._threads,
+            transactions=transactions,
+            finish=self._finisher.put,
+            freed=self._freed,
+        )
+        self._claimer = Claimer(
+            database,
+            self._lanes(),
+            worker=self.name,
+            lease=self._leases.duration,
+            start=self._start,
+            idle=lambda: not len(self._leases),
+        )
+        self._renewer = Renewer(database, self._leases, self._lose)
+
+    def _lanes(self) -> list[Lane]:
+        """One lane for each domain and kind of slot: loop, thread, transaction."""
+        lanes: dict[tuple[str, str], list[str]] = {}
+        for handler in self._handlers:
+            lanes.setdefault((handler.domain, _kind(handler)), []).append(handler.command_type)
+        free = {"loop": self._free, "thread": self._free_threads, "transaction": self._free_transactions}
+        return [Lane(domain, types, free[kind]) for (domain, kind), types in lanes.items()]
+
+    def _free(self) -> int:
+        # Endings wait to be recorded while the next handlers run, but not without bound.
+        return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
+
+    def _free_threads(self) -> int:
+        return min(self._free(), self._threads.free)
+
+    def _free_transactions(self) -> int:
+        running = sum(lease.handler.transactional for lease in self._leases)
+        return min(self._free(), self._transactional_connections - running)
+
+    @contextlib.asynccontextmanager
+    async def _transactions(self, database: Database) -> AsyncIterator[Database | None]:
+        if not any(handler.transactional for handler in self._handlers):
+            yield None
+            return
+        transactions = database.with_connections(self._transactional_connections)
+        await transactions.open()
+        try:
+            yield transactions
+        finally:
+            await transactions.close()
+
+    # -- working -------------------------------------------------------------------------------------------------------
+
+    async def _work(self, database: Database) -> None:
+        self._renewer.start()
+        finishing = asyncio.create_task(self._finisher.run())
+        helpers = [asyncio.create_task(self._keep_house(database))]
+        if not database.transaction_pooler:
+            listener = Listener(database, self.domains, self.name, self._claimer.wake)
+            helpers.append(asyncio.create_task(listener.run()))
+        if self._stops:
+            self._claimer.stop()
+        try:
+            await self._claimer.run()
+            await self._wait_for_handlers()
+        finally:
+            await self._wind_up(finishing, helpers)
+
+    async def _wait_for_handlers(self) -> None:
+        """Wait for the running handlers, until the grace is over or a second stop asks to hurry."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        ended = asyncio.create_task(self._runner.wait(self._grace))
+        await asyncio.wait([hurry, ended], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        ended.cancel()
+
+    async def _wind_up(self, finishing: asyncio.Task[None], helpers: list[asyncio.Task[None]]) -> None:
+        for task in helpers:
+            task.cancel()
+        await self._runner.give_up()
+        self._finisher.close()
+        await asyncio.wait([finishing], timeout=_RECORD_SECONDS)
+        if not finishing.done():
+            logger.error("%d leases are left to run out: their outcome could not be recorded", len(self._leases))
+            finishing.cancel()
+        await asyncio.gather(finishing, *helpers, return_exceptions=True)
+        self._threads.close()
+        await asyncio.to_thread(self._renewer.stop, 2.0)
+
+    def _start(self, commands: list[Claimed], asked_at: float) -> None:
+        deadline = self._leases.deadline(asked_at)
+        for claimed in commands:
+            lease = Lease(claimed, self._registry.find(claimed.domain, claimed.command_type), deadline)
+            self._leases.add(lease)
+            self._runner.start(lease)
+
+    def _freed(self) -> None:
+        self._claimer.wake()
+
+    def _lose(self, lease: Lease) -> None:
+        """Stop a delivery that does not own its command any more. Called in the renewer's thread."""
+        if lease.lost:
+            return
+        lease.lost = True
+        lease.end()
+        logger.warning("the lease is lost", extra=lease.log_extra(self.name))
+        if self._loop is not None and lease.task is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(lease.task.cancel)
+
+    async def _keep_house(self, database: Database) -> None:
+        """Make partitions ahead and drop those whose retention is over."""
+        while True:
+            pause = _HOUSEKEEPING_SECONDS
+            try:
+                await database.run(_queries.make_partitions())
+                for week, blocked_by in await database.run(_queries.drop_expired()):
+                    if blocked_by is None:
+                        logger.info("the finished commands of %s were dropped: their retention is over", week)
+                    else:
+                        logger.warning("history of %s cannot be dropped: sessions %s hold it", week, blocked_by)
+                        pause = _HOUSEKEEPING_SECONDS / 10
+            except (CommandBusError, psycopg.Error) as error:
+                logger.warning("housekeeping is put off: %s", error)
+            await asyncio.sleep(pause)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGTERM and SIGINT stop this worker, and afterwards do what they did before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: self.stop())
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _kind(handler: Handler) -> str:
+    if handler.transactional:
+        return "transaction"
+    return "thread" if handler.blocking else "loop"

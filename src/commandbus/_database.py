@@ -63,7 +63,12 @@ class Database:
     def _settings(self) -> dict[str, Any]:
         # A transaction pooler gives each transaction another session, which does not know the statement: 80 of 480
         # calls failed.
-        return {"autocommit": True, "prepare_threshold": None if self.transaction_pooler else 0}
+        if self.transaction_pooler:
+            return {"autocommit": True, "prepare_threshold": None}
+        # The functions count on seeing what they waited for, whatever the default of the database is.
+        given = conninfo_to_dict(self._conninfo).get("options") or ""
+        options = f"{given} -c default_transaction_isolation=read\\ committed".strip()
+        return {"autocommit": True, "prepare_threshold": 0, "options": options}
 
     def with_connections(self, connections: int) -> Database:
         """Return another pool to the same database, not open yet."""
@@ -75,15 +80,12 @@ class Database:
         )
 
     async def open(self) -> None:
-        """Open the pool and wait for its first connection. Raises `DatabaseUnavailableError`."""
-        await self._pool.open()
+        """Open the pool. Raises `DatabaseUnavailableError` that says why there is no connection."""
         try:
-            await self._pool.wait(CALL_SECONDS)
-        except PoolTimeout as error:
-            await self._pool.close()
-            raise DatabaseUnavailableError(
-                f"no connection to PostgreSQL within {CALL_SECONDS:.0f} s; is it running, is the DSN right?"
-            ) from error
+            await (await self.connect()).close()  # the pool would try for long, and not say what is wrong
+        except psycopg.OperationalError as error:
+            raise DatabaseUnavailableError(f"no connection to PostgreSQL: {brief(error)}") from None
+        await self._pool.open()
 
     async def close(self) -> None:
         """Close the pool; connections in use are closed when they come back."""
@@ -202,6 +204,16 @@ def translate(error: psycopg.Error) -> Exception:
     if error.sqlstate in _NO_SCHEMA and "commandbus" in message:
         return SchemaError(f"{message}: run `commandbus migrate` on this database")
     return error
+
+
+def brief(error: BaseException) -> str:
+    """Return an error's first line for a log or a message: printable, not longer than 300, without data.
+
+    What else PostgreSQL says (DETAIL, CONTEXT) may quote the payload.
+    """
+    text = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    line = (text or str(error)).partition("\n")[0][:300]
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def is_connection_lost(error: BaseException) -> bool:

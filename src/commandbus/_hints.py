@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, execute
+from commandbus._database import Database, brief, execute
 from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.hints")
@@ -65,7 +65,7 @@ class Hints:
         try:
             await self._database.run(_calls.wake(owed), _DEADLINE)
         except (CommandBusError, psycopg.Error) as error:
-            logger.debug("a hint was not given: %s", error)
+            logger.debug("a hint was not given: %s", brief(error))
 
     def _note(self, domains: Collection[str], now: float) -> None:
         if len(self._given_at) > _MAX_DOMAINS:

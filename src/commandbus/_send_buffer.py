@@ -14,7 +14,7 @@ from collections import deque
 
 from commandbus import _calls
 from commandbus._calls import Outgoing
-from commandbus._database import CALL_SECONDS, Database, execute, is_connection_lost, is_unavailable, own_copy
+from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost, is_unavailable, own_copy
 from commandbus._hints import Hints
 from commandbus.errors import CommandBusError, InvalidCommandError, OutcomeUnknownError, SendTimeoutError
 
@@ -143,8 +143,9 @@ class SendBuffer:
 
     async def _try(self, batch: list[_Entry]) -> None:
         """Send the batch as one statement; settles all entries or raises."""
-        rows = [entry.outgoing.row(look_up=entry.outgoing.own_id or entry.maybe_sent) for entry in batch]
         async with self._database.connection() as connection:
+            batch = [entry for entry in batch if entry.waits]  # some gave up while there was no connection
+            rows = [entry.outgoing.row(look_up=entry.outgoing.own_id or entry.maybe_sent) for entry in batch]
             for entry in batch:
                 entry.under_way = True
             try:
@@ -172,7 +173,7 @@ class SendBuffer:
             else:
                 await self._halve(batch)
         elif is_unavailable(error):
-            logger.warning("a flush of %d commands failed and is repeated: %s", len(batch), error)
+            logger.warning("a flush of %d commands failed and is repeated: %s", len(batch), brief(error))
             await asyncio.sleep(_PAUSE * random.uniform(1, 2))  # noqa: S311 - spread, not a secret
             return True
         else:
@@ -215,6 +216,4 @@ def _refusal(error: Exception, outgoing: Outgoing) -> Exception:
     """Return what the caller of a refused row is told."""
     if isinstance(error, CommandBusError):
         return own_copy(error)
-    refusal = InvalidCommandError(f"command {outgoing.command_id} was refused by PostgreSQL: {error}")
-    refusal.__cause__ = error
-    return refusal
+    return InvalidCommandError(f"command {outgoing.command_id} was refused by PostgreSQL: {brief(error)}")

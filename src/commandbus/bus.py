@@ -25,6 +25,7 @@ from commandbus.errors import (
     CommandIdConflictError,
     CommandNotFoundError,
     ConfigurationError,
+    DatabaseUnavailableError,
     OutcomeUnknownError,
     PartialSendError,
     SchemaError,
@@ -183,7 +184,10 @@ class CommandBus:
         receipts: list[Receipt] = []
         for chunk in _chunks(everything):
             try:
-                receipts += await self._send_chunk(chunk, receipts, connection)
+                outcomes = await self._send_chunk(chunk, connection)
+                conflicts = _sort(chunk, outcomes, receipts)
+                if conflicts:
+                    raise conflicts[0]
             except (CommandBusError, psycopg.Error) as error:
                 if connection is not None or not receipts:
                     raise
@@ -195,8 +199,11 @@ class CommandBus:
         return receipts
 
     async def wake(self, *domains: str) -> None:
-        """Hint to the workers of these domains that there is work, for instance after your transaction committed."""
-        with contextlib.suppress(psycopg.Error):
+        """Hint to the workers of these domains that there is work, for instance after your transaction committed.
+
+        Only a hint: workers poll as well, so it does not raise when the database cannot be reached.
+        """
+        with contextlib.suppress(psycopg.Error, DatabaseUnavailableError):
             await self.database.run(_calls.wake(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
@@ -204,23 +211,11 @@ class CommandBus:
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers)
 
-    async def _send_chunk(self, chunk: list[Outgoing], before: list[Receipt], connection: object) -> list[Receipt]:
-        if connection is not None:
-            outcomes = await execute_on(connection, _calls.send([o.row(look_up=o.own_id) for o in chunk]))
-        else:
-            outcomes = await self._send_durably(chunk)
-        receipts = []
-        conflicts = []
-        for outgoing, outcome in zip(chunk, outcomes, strict=True):
-            try:
-                receipts.append(_receipt(outgoing, outcome))
-            except CommandIdConflictError as conflict:
-                conflicts.append(conflict)
-        if conflicts:
-            if connection is None:
-                before += receipts
-            raise conflicts[0]
-        return receipts
+    async def _send_chunk(self, chunk: list[Outgoing], connection: object) -> list[str]:
+        if connection is None:
+            return await self._send_durably(chunk)
+        rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
+        return await execute_on(connection, _calls.send(rows))
 
     async def _send_durably(self, chunk: list[Outgoing]) -> list[str]:
         """Send a chunk; when its connection breaks, send the same ids again until the time is up."""
@@ -317,6 +312,17 @@ class CommandBus:
         problem = explain_mismatch(*found)
         if problem is not None:
             raise SchemaError(problem)
+
+
+def _sort(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt]) -> list[CommandIdConflictError]:
+    """Add the receipts of a chunk; returns its conflicts."""
+    conflicts = []
+    for outgoing, outcome in zip(chunk, outcomes, strict=True):
+        try:
+            receipts.append(_receipt(outgoing, outcome))
+        except CommandIdConflictError as conflict:
+            conflicts.append(conflict)
+    return conflicts
 
 
 def _receipt(outgoing: Outgoing, outcome: str) -> Receipt:

@@ -13,7 +13,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._calls import Claim, Claimed
-from commandbus._database import Database
+from commandbus._database import Database, brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.trail import Trail
 
@@ -75,7 +75,7 @@ class Claimer:
             try:
                 found = await self._claim_all()
             except (CommandBusError, psycopg.Error) as error:
-                logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, error)
+                logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, brief(error))
                 await self._sleep(trouble)
                 trouble = min(_MAX_TROUBLE_PAUSE, trouble * 2)
                 continue
@@ -84,8 +84,7 @@ class Claimer:
                 pause = _FIRST_PAUSE
                 continue
             if any(lane.free() > 0 for lane in self._lanes):
-                due = min(lane.due_at for lane in self._lanes) - time.monotonic()
-                woken = await self._sleep(max(0.0, min(pause * random.uniform(0.8, 1.2), due)))  # noqa: S311
+                woken = await self._sleep(self._next(pause * random.uniform(0.8, 1.2)))  # noqa: S311 - spread
                 pause = _FIRST_PAUSE if woken else min(_LAST_PAUSE, pause * 2)
             else:
                 await self._woken.wait()
@@ -115,7 +114,7 @@ class Claimer:
         now = time.monotonic()
         if scan:
             share = (now - asked_at) / _SCAN_SHARE
-            lane.scan_at = asked_at + min(max(1.0, share), max(1.0, self._sweep_seconds))
+            lane.scan_at = asked_at + min(max(1.0, share), self._sweep_seconds)
         lane.due_at = now + claim.next_due.total_seconds() if claim.next_due is not None else float("inf")
         lane.trail.saw(claim.commands, now)
         if claim.commands:
@@ -124,9 +123,7 @@ class Claimer:
 
     async def _run_alone(self, lane: Lane) -> int:
         """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along."""
-        while not self._idle():
-            self._woken.clear()
-            await self._woken.wait()
+        await self._wait_until_idle()
         if self._stopping:
             return 0
         asked_at = time.monotonic()
@@ -135,10 +132,20 @@ class Claimer:
         )
         if claim.commands:
             self._start(claim.commands, asked_at)
-            while not self._idle():
-                self._woken.clear()
-                await self._woken.wait()
+            await self._wait_until_idle()
         return len(claim.commands)
+
+    async def _wait_until_idle(self) -> None:
+        while not (self._idle() or self._stopping):
+            self._woken.clear()
+            await self._woken.wait()
+
+    def _next(self, pause: float) -> float:
+        """Return how long to sleep: the pause, or less when a command is due or a scan is."""
+        now = time.monotonic()
+        moments = [moment - now for lane in self._lanes for moment in (lane.due_at, lane.scan_at)]
+        # What is overdue already is locked by somebody, or its lane is full: the pause, not a busy loop.
+        return min([pause, *(moment for moment in moments if moment > 0)])
 
     async def _sleep(self, seconds: float) -> bool:
         """Sleep, or less when woken; whether that was so."""

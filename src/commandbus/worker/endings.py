@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
@@ -66,7 +67,7 @@ def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
     if isinstance(error, CommandError):
         code, message, details = error.code, error.message, error.details
     else:
-        code, message, details = type(error).__name__, str(error), None
+        code, message, details = type(error).__name__, str(error), {"traceback": _traceback(error)}
     text = _error_text(code, message, details)
     return Failed(kind, text, handler.retry.wait_after(attempt), handler.retry.max_attempts)
 
@@ -81,14 +82,24 @@ def storable(text: str) -> str:
     return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:MAX_TEXT])
 
 
+def _traceback(error: BaseException) -> str:
+    """Return the end of the traceback: where it happened."""
+    return "".join(traceback.format_exception(error))[-MAX_TEXT // 2 :]
+
+
 def _error_text(code: str, message: str, details: Json) -> str:
     error: dict[str, Json] = {"code": storable(str(code))[:128], "message": storable(str(message))}
     if details is not None:
-        try:
-            text = json.dumps(details, allow_nan=False)
-            error["details"] = (
-                details if len(text) <= MAX_TEXT and "\\u0000" not in text and "\\ud" not in text else storable(text)
-            )
-        except (TypeError, ValueError, RecursionError):
-            error["details"] = storable(repr(details))
+        error["details"] = _storable_json(details)
     return json.dumps(error)
+
+
+def _storable_json(details: Json) -> Json:
+    """Return the details as they are if PostgreSQL can keep them, else as text."""
+    try:
+        text = json.dumps(details, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return storable(repr(details))
+    if len(text) > MAX_TEXT or _UNSTORABLE.search(text) or "\\u0000" in text:
+        return storable(text)
+    return details

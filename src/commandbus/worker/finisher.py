@@ -12,7 +12,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._calls import Answers, Call
-from commandbus._database import Database
+from commandbus._database import Database, brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, refused
 from commandbus.worker.leases import Lease, Leases
@@ -102,15 +102,17 @@ class Finisher:
             await self._record(domain, outcomes[middle:])
             return
         lease, ending = outcomes[0]
-        logger.error("PostgreSQL refuses the outcome: %s", error, extra=lease.log_extra(self._leases.worker))
+        logger.error("PostgreSQL refuses the outcome: %s", brief(error), extra=lease.log_extra(self._leases.worker))
         if isinstance(ending, Completed):
-            self.put(lease, refused(f"PostgreSQL refuses the result: {error}", lease.handler))
+            self.put(lease, refused(f"PostgreSQL refuses the result: {brief(error)}", lease.handler))
         else:
             self._let_go(lease)  # nothing of ours is left to say: the lease runs out
 
     async def _again_later(self, outcomes: list[Outcome], error: Exception) -> None:
         self._pause = min(_MAX_PAUSE, max(0.1, self._pause * 2))
-        logger.warning("%d outcomes could not be recorded, again in %.1f s: %s", len(outcomes), self._pause, error)
+        logger.warning(
+            "%d outcomes could not be recorded, again in %.1f s: %s", len(outcomes), self._pause, brief(error)
+        )
         await asyncio.sleep(self._pause)
         for lease, ending in outcomes:
             self.put(lease, ending)

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, execute
+from commandbus._database import Database, brief, execute
 from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.worker")
@@ -43,7 +43,7 @@ class Listener:
                         logger.warning("LISTEN delivers nothing, perhaps behind a transaction pooler: polling only")
                         return
             except (CommandBusError, psycopg.Error, OSError) as error:
-                logger.info("listening is interrupted, again in %.1f s: %s", pause, error)
+                logger.info("listening is interrupted, again in %.1f s: %s", pause, brief(error))
             await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - spread, not a secret
             pause = min(_MAX_PAUSE, pause * 2)
 

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, execute
+from commandbus._database import Database, brief, execute
 from commandbus.errors import CommandBusError
 from commandbus.worker.leases import Lease, Leases
 
@@ -98,7 +98,7 @@ class Renewer:
                     await self._renew(connection)
                 pause = interval
             except (CommandBusError, psycopg.Error, OSError) as error:
-                logger.warning("leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), error)
+                logger.warning("leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), brief(error))
                 pause = min(1.0, interval / 4)
                 if connection is not None:
                     await connection.close()

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import CALL_SECONDS, Database, execute, is_connection_lost
+from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost
 from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.handlers import HandlerContext
 from commandbus.model import Command, Json
@@ -40,6 +40,7 @@ class Runner:
         freed: Callable[[], None],
     ) -> None:
         self.running = 0
+        self.in_threads = 0  # handlers that have a thread or are about to, and those given up that still run
         self._worker = worker
         self._tracing = tracing
         self._threads = threads
@@ -51,6 +52,7 @@ class Runner:
     def start(self, lease: Lease) -> None:
         """Run the handler of this lease; does not wait."""
         self.running += 1
+        self.in_threads += lease.handler.blocking
         task = asyncio.get_running_loop().create_task(self._run(lease))
         lease.task = task
         self._tasks.add(task)
@@ -78,6 +80,7 @@ class Runner:
         finally:
             lease.end()
             self.running -= 1
+            self.in_threads -= lease.handler.blocking
             self._finish(lease, ending)
             self._freed()
 
@@ -93,19 +96,15 @@ class Runner:
                     return await self._run_in_transaction(lease, command)
                 return completed(await self._call(lease, HandlerContext(command, lease)), handler, attempt)
         except (CommandError, TimeoutError) as error:
-            logger.info("the handler failed: %s", _one_line(error), extra=lease.log_extra(self._worker))
+            logger.info("the handler failed: %s", type(error).__name__, extra=lease.log_extra(self._worker))
             return failed(error, handler, attempt)
         except asyncio.CancelledError:
             if lease.cancelled or _is_cancelling():
                 raise
             return failed(TransientCommandError("CANCELLED", "the handler was cancelled from inside"), handler, attempt)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - every ending of a handler is told
-            logger.warning(
-                "the handler raised %s: %s",
-                type(error).__name__,
-                _one_line(error),
-                extra=lease.log_extra(self._worker),
-            )
+            # The message stays with the command: it may quote the payload.
+            logger.warning("the handler raised %s", type(error).__name__, extra=lease.log_extra(self._worker))
             return failed(error, handler, attempt)
 
     async def _call(self, lease: Lease, context: HandlerContext) -> Json:
@@ -140,8 +139,9 @@ class Runner:
                 outcome[1] = error
 
         def settle() -> None:
-            self._freed()
             if future.done():
+                self.in_threads -= 1
+                self._freed()
                 logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
             elif isinstance(outcome[1], StopIteration | KeyboardInterrupt | asyncio.CancelledError):
                 future.set_exception(TransientCommandError(type(outcome[1]).__name__, str(outcome[1])))
@@ -157,7 +157,11 @@ class Runner:
                 logger.warning("a handler ended after its worker", extra=lease.log_extra(self._worker))
 
         self._threads.submit(work, then)
-        return await future
+        try:
+            return await future
+        finally:
+            # A thread cannot be killed: its slot stays taken until the handler returns.
+            self.in_threads += future.cancelled()
 
     async def _run_in_transaction(self, lease: Lease, command: Command) -> Ending:
         """Run the handler and record its completion in one transaction.
@@ -203,7 +207,7 @@ class Runner:
             try:
                 answers = await execute(connection, _calls.complete(lease.claimed.domain, [item]), CALL_SECONDS)
             except psycopg.DataError as error:
-                raise PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {error}") from error
+                raise PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {brief(error)}") from None
             match answers[lease.claimed.command_id]:
                 case "done":
                     return
@@ -216,8 +220,3 @@ class Runner:
 def _is_cancelling() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error's text for a log line: no control characters, not longer than 200."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error)[:200])

@@ -1,7 +1,7 @@
 """Threads for plain `def` handlers.
 
 Not a ThreadPoolExecutor: the interpreter joins its threads at exit, so that one hung handler keeps the process from
-ending (6.08 s against 0.04 s). These are daemons. A slot is free when its thread is, not when somebody gave up on it.
+ending (6.08 s against 0.04 s). These are daemons.
 """
 
 from __future__ import annotations
@@ -39,13 +39,8 @@ class HandlerThreads:
         self._busy = 0
         self._lock = threading.Lock()
 
-    @property
-    def free(self) -> int:
-        """How many more pieces of work would start at once."""
-        return self.size - self._busy
-
     def submit(self, work: Callable[[], None], then: Callable[[], None]) -> None:
-        """Run `work` in a thread, and `then` once that thread is free; neither may raise."""
+        """Run `work` in a thread, and then `then` there, when the thread is free again; neither may raise."""
         with self._lock:
             self._busy += 1
             if self._busy > len(self._threads):

@@ -17,7 +17,7 @@ import psycopg
 
 from commandbus import _queries
 from commandbus._calls import Claimed
-from commandbus._database import Database
+from commandbus._database import Database, brief
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandBusError, ConfigurationError
 from commandbus.handlers import Handler, HandlerRegistry
@@ -82,9 +82,11 @@ class Worker:
         """Work until `stop()`, SIGTERM or SIGINT; then let running handlers finish within the grace, and return.
 
         What has not ended by then is released, uncharged. A second signal ends the grace. Trouble with the database is
-        logged and waited out. In a thread other than the main one, signals are left alone.
+        logged and waited out. In a thread other than the main one, signals are left alone. A worker runs once.
         """
         database = self._bus.database
+        if self._loop is not None:
+            raise ConfigurationError("this worker has run: make a new one")
         self._loop = asyncio.get_running_loop()
         async with self._transactions(database) as transactions:
             self._compose(database, transactions)
@@ -149,7 +151,7 @@ class Worker:
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
 
     def _free_threads(self) -> int:
-        return min(self._free(), self._threads.free)
+        return min(self._free(), self._thread_pool_size - self._runner.in_threads)
 
     def _free_transactions(self) -> int:
         running = sum(lease.handler.transactional for lease in self._leases)
@@ -239,7 +241,7 @@ class Worker:
                         logger.warning("history of %s cannot be dropped: sessions %s hold it", week, blocked_by)
                         pause = _HOUSEKEEPING_SECONDS / 10
             except (CommandBusError, psycopg.Error) as error:
-                logger.warning("housekeeping is put off: %s", error)
+                logger.warning("housekeeping is put off: %s", brief(error))
             await asyncio.sleep(pause)
 
     @contextlib.contextmanager

@@ -243,8 +243,8 @@ def own_copy(error: Exception) -> Exception:
 def _with_defaults(dsn: str, application_name: str) -> str:
     try:
         given = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError as error:
-        raise ConfigurationError("the DSN is not a PostgreSQL connection string") from error
+    except psycopg.ProgrammingError:  # its text quotes the DSN
+        raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
     defaults = {
         "application_name": application_name,
         "connect_timeout": "10",

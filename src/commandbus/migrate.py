@@ -97,9 +97,8 @@ def explain_mismatch(version: int | None, oldest_client: int | None) -> str | No
 def _connect(dsn: str) -> psycopg.Connection:
     try:
         return psycopg.connect(dsn, application_name="commandbus migrate")
-    except psycopg.ProgrammingError as error:
-        msg = f"not a valid PostgreSQL connection string: {error}"
-        raise ConfigurationError(msg) from None
+    except psycopg.ProgrammingError:
+        raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
 
 
 def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:

@@ -65,7 +65,8 @@ END $$;
 -- cancel_v1: the command is not wanted any more. Any unfinished -> CANCELED; a running one loses its lease.
 CREATE OR REPLACE FUNCTION commandbus.cancel_v1(p_domain text, p_command_id uuid, p_operator text, p_reason text)
 RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'cancel',
@@ -76,7 +77,8 @@ END $$;
 -- operator_cancel_v1: IN_TROUBLESHOOTING_QUEUE -> CANCELED.
 CREATE OR REPLACE FUNCTION commandbus.operator_cancel_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'cancel', '{IN_TROUBLESHOOTING_QUEUE}'),
@@ -86,7 +88,8 @@ END $$;
 -- operator_complete_v1: the operator has done the work by hand. IN_TROUBLESHOOTING_QUEUE -> COMPLETED, with p_result.
 CREATE OR REPLACE FUNCTION commandbus.operator_complete_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_result text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'complete', '{IN_TROUBLESHOOTING_QUEUE}'),
@@ -97,7 +100,8 @@ END $$;
 -- IN_TROUBLESHOOTING_QUEUE -> PENDING. The audit event keeps the old and the new data.
 CREATE OR REPLACE FUNCTION commandbus.operator_retry_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_data text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_command commandbus.command := commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}');
     v_data    jsonb := p_data;

@@ -1,8 +1,10 @@
 -- The weeks of the history: made ahead, dropped when their time is over.
 
 -- _make_partition: makes sure that the week of this moment exists in both history tables.
--- Locks: one advisory lock and SHARE UPDATE EXCLUSIVE on the two parents, and only when the week is missing:
--- (A week is 168 hours: '7 days' would follow the session's time zone through a change of clocks.) ATTACH lets sends and completions pass, CREATE ... PARTITION OF would not.
+-- Locks, only when the week is missing: SHARE UPDATE EXCLUSIVE on the two parents. ATTACH takes it, and lets sends and
+-- completions pass, which CREATE ... PARTITION OF would not. Not an advisory lock: taking one does not make this session
+-- see that a rival has made the table meanwhile.
+-- A week is 168 hours: '7 days' would follow the session's time zone through a change of clocks.
 CREATE OR REPLACE FUNCTION commandbus._make_partition(p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -13,7 +15,7 @@ BEGIN
     IF to_regclass('commandbus.audit_history_' || v_suffix) IS NOT NULL THEN
         RETURN;
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtext('commandbus'), hashtext('partition'));
+    LOCK TABLE ONLY commandbus.command_history IN SHARE UPDATE EXCLUSIVE MODE;
     IF to_regclass('commandbus.audit_history_' || v_suffix) IS NOT NULL THEN
         RETURN;
     END IF;

@@ -1,0 +1,7 @@
+"""`python -m commandbus` is the command line."""
+
+import sys
+
+from commandbus.cli import main
+
+sys.exit(main())

@@ -1,0 +1,170 @@
+"""What the command line shows: lines, tables, JSON and log records.
+
+Text that comes from outside (the database, an exception, an argument) is never interpreted: neither by the terminal,
+nor as Rich's markup, nor as the end of a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import override
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from commandbus.model import Error, Json
+
+_WIDTH_OF_A_PIPE = 200
+_LOG_KEYS = ("domain", "command_type", "command_id", "delivery", "attempt", "worker")
+
+
+def prepare() -> None:
+    """Let the standard streams escape what their encoding does not have, and log nothing below an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    log_to_stderr("ERROR", TextLines())
+
+
+def safe(value: object) -> str:
+    """Return the text of a value for a place inside a line: what is not printable comes out as in a Python literal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))
+
+
+def say(line: str) -> None:
+    """Print one line for people."""
+    print(safe(line), flush=True)
+
+
+def complain(message: str) -> None:
+    """Print what went wrong as one line on stderr."""
+    print(f"commandbus: {safe(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Json) -> None:
+    """Print a value, of which dataclasses may be a part, as one line of ASCII."""
+    try:
+        text = json.dumps(value, default=_plain, allow_nan=False)
+    except ValueError:
+        # PostgreSQL stores 1e400 and more, which is infinite in Python and nothing in JSON.
+        text = json.dumps(json.loads(json.dumps(value, default=_plain), parse_constant=str))
+    print(text.replace("\x7f", "\\u007f"), flush=True)
+
+
+def _plain(value: object) -> Json:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return fields(value)
+    return value.isoformat() if isinstance(value, date) else str(value)
+
+
+def fields(value: object) -> dict[str, Json]:
+    """Return the fields of a dataclass by name; not `asdict`, which copies payloads, level by level."""
+    names = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type]
+    return {name: getattr(value, name) for name in names}
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def print_record(record: Mapping[str, object]) -> None:
+    """Print a line for each field that has a value."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in record.items():
+        if value is not None:
+            table.add_row(name, _cell(value))
+    _console().print(table)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under a heading; columns named `*_id` keep their width."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column.endswith("_id"))
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    _console().print(table)
+
+
+def json_cell(value: Json) -> str | None:
+    """Return a JSON value as its text, for a cell; None stays None."""
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _console() -> Console:
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else _WIDTH_OF_A_PIPE, highlight=False, markup=False, emoji=False)
+
+
+def _cell(value: object) -> Text:
+    match value:
+        case None:
+            return Text("")
+        case datetime():
+            return Text(value.isoformat(" ", "seconds"))
+        case Error():
+            details = "" if value.details is None else f" {json_cell(value.details)}"
+            return Text(safe(f"{value.code}: {value.message}{details}" if value.message else f"{value.code}{details}"))
+        case _:
+            return Text(safe(value))
+
+
+# -- logs --------------------------------------------------------------------------------------------------------------
+
+
+def log_to_stderr(level: str, formatter: logging.Formatter) -> None:
+    """Send the log records of all libraries from this level on to stderr, and nowhere else."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+class TextLines(logging.Formatter):
+    """A line a record; a traceback follows, each line of it marked so that no message can pass for a record."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        extra = "".join(f" {key}={safe(value)}" for key, value in _extra(record).items())
+        line = f"{_moment(record)} {record.levelname} {safe(record.name)}: {safe(record.getMessage())}{extra}"
+        return "\n    | ".join([line, *(safe(part) for part in self._trace(record).splitlines())])
+
+    def _trace(self, record: logging.LogRecord) -> str:
+        return self.formatException(record.exc_info) if record.exc_info else ""
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object a record: time, level, logger, message, what names the delivery, and a traceback if there is one."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": _moment(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Json]:
+    return {key: record.__dict__[key] for key in _LOG_KEYS if key in record.__dict__}
+
+
+def _moment(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")

@@ -36,6 +36,7 @@ T = TypeVar("T")
 CALL_SECONDS = 10.0
 """The deadline of one statement of the library's own, and of getting a connection for it."""
 
+_RECONNECT_SECONDS = 1.0
 _NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
 
@@ -53,9 +54,9 @@ class Database:
             min_size=1,
             max_size=connections,
             open=False,
-            # A new attempt belongs to the next call, not to a back-off of the pool's: after an outage of a minute
-            # that would wait half a minute more.
-            reconnect_timeout=1.0,
+            # An attempt belongs to a call, not to a back-off of the pool's: after an outage of a minute that would
+            # wait half a minute more.
+            reconnect_timeout=_RECONNECT_SECONDS,
             timeout=CALL_SECONDS,
         )
 
@@ -101,18 +102,25 @@ class Database:
         """
         if _holding.get() and not for_user_code:
             raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
-        try:
-            connection = await self._pool.getconn(timeout)
-        except PoolTimeout:
-            raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.1f} s") from None
-        except PoolClosed:
-            raise ClosedError("the bus is closed") from None
+        connection = await self._acquire(timeout)
         token = _holding.set(not for_user_code)
         try:
             yield connection
         finally:
             _holding.reset(token)
             await self._pool.putconn(connection)
+
+    async def _acquire(self, timeout: float) -> psycopg.AsyncConnection[Row]:
+        """Get a connection, asking anew each second: the pool tries to connect when it is asked, not while one waits."""
+        end = asyncio.get_running_loop().time() + timeout
+        while True:
+            try:
+                return await self._pool.getconn(_RECONNECT_SECONDS)
+            except PoolClosed:
+                raise ClosedError("the bus is closed") from None
+            except PoolTimeout:
+                if asyncio.get_running_loop().time() >= end:
+                    raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.0f} s") from None
 
     async def run(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
         """Run a call once on a pooled connection. See `execute` for what it raises.

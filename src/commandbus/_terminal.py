@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
-from typing import override
 
 from rich import box
 from rich.console import Console
@@ -32,7 +32,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    log_to_stderr("ERROR", TextLines())
+    log_to_stderr("ERROR", text_line)
 
 
 def safe(value: object) -> str:
@@ -125,45 +125,52 @@ def _cell(value: object) -> Text:
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 
-def log_to_stderr(level: str, formatter: logging.Formatter) -> None:
+class LogLines(logging.Formatter):
+    """Formats log records with a function."""
+
+    def __init__(self, render: Callable[[logging.LogRecord], str]) -> None:
+        super().__init__()
+        self._render = render
+
+    def format(self, record: logging.LogRecord) -> str:  # type: ignore[explicit-override] # needs Python 3.12
+        """Return the record as the function renders it."""
+        return self._render(record)
+
+
+def log_to_stderr(level: str, render: Callable[[logging.LogRecord], str]) -> None:
     """Send the log records of all libraries from this level on to stderr, and nowhere else."""
     handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
+    handler.setFormatter(LogLines(render))
     logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
-class TextLines(logging.Formatter):
-    """A line a record; a traceback follows, each line of it marked so that no message can pass for a record."""
-
-    @override
-    def format(self, record: logging.LogRecord) -> str:
-        extra = "".join(f" {key}={safe(value)}" for key, value in _extra(record).items())
-        line = f"{_moment(record)} {record.levelname} {safe(record.name)}: {safe(record.getMessage())}{extra}"
-        return "\n    | ".join([line, *(safe(part) for part in self._trace(record).splitlines())])
-
-    def _trace(self, record: logging.LogRecord) -> str:
-        return self.formatException(record.exc_info) if record.exc_info else ""
+def text_line(record: logging.LogRecord) -> str:
+    """Render a record as a line; a traceback follows, each line of it marked so that none can pass for a record."""
+    extra = "".join(f" {key}={safe(value)}" for key, value in _extra(record).items())
+    line = f"{_moment(record)} {record.levelname} {safe(record.name)}: {safe(record.getMessage())}{extra}"
+    return "\n    | ".join([line, *(safe(part) for part in _traceback(record).splitlines())])
 
 
-class JsonLines(logging.Formatter):
-    """A JSON object a record: time, level, logger, message, what names the delivery, and a traceback if there is one."""
-
-    @override
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": _moment(record),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **_extra(record),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+def json_line(record: logging.LogRecord) -> str:
+    """Render a record as a JSON object: time, level, logger, message, what names the delivery, perhaps a traceback."""
+    line = {
+        "time": _moment(record),
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+        **_extra(record),
+    }
+    if record.exc_info:
+        line["traceback"] = _traceback(record)
+    return json.dumps(line, default=str)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Json]:
     return {key: record.__dict__[key] for key in _LOG_KEYS if key in record.__dict__}
+
+
+def _traceback(record: logging.LogRecord) -> str:
+    return "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
 
 
 def _moment(record: logging.LogRecord) -> str:

@@ -111,7 +111,7 @@ class Database:
             await self._pool.putconn(connection)
 
     async def _acquire(self, timeout: float) -> psycopg.AsyncConnection[Row]:
-        """Get a connection, asking anew each second: the pool tries to connect when it is asked, not while one waits."""
+        """Get a connection, asking anew each second: the pool connects when it is asked, not while somebody waits."""
         end = asyncio.get_running_loop().time() + timeout
         while True:
             try:
@@ -134,7 +134,7 @@ class Database:
                 return await asyncio.shield(statement)
             except asyncio.CancelledError:
                 sever(connection)
-                await asyncio.wait([statement])
+                await asyncio.gather(statement, return_exceptions=True)
                 raise
 
     async def read(self, call: Call[T]) -> T:
@@ -187,9 +187,24 @@ async def execute_on(connection: object, call: Call[T]) -> T:
                 return call.read(cursor.fetchall() if cursor.description else [])
         except psycopg.Error as error:
             raise translate(error) from error
-    raise ConfigurationError(
-        f"connection is a {type(connection).__name__}: give a psycopg Connection or AsyncConnection"
-    )
+    raise _no_connection(connection)
+
+
+@contextlib.asynccontextmanager
+async def savepoint_on(connection: object) -> AsyncIterator[None]:
+    """All or none, in the caller's transaction: a savepoint there, or a transaction where there is none."""
+    if isinstance(connection, psycopg.AsyncConnection):
+        async with connection.transaction():
+            yield
+    elif isinstance(connection, psycopg.Connection):
+        with connection.transaction():
+            yield
+    else:
+        raise _no_connection(connection)
+
+
+def _no_connection(given: object) -> ConfigurationError:
+    return ConfigurationError(f"connection is a {type(given).__name__}: give a psycopg Connection or AsyncConnection")
 
 
 def sever(connection: psycopg.AsyncConnection[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from datetime import datetime
 from uuid import UUID
 
 from commandbus._calls import Call, Row
@@ -65,7 +66,7 @@ def query_commands(
     where, params = _filter(domain, status, command_type)
     if cursor is not None:
         where.append("(domain, command_id) < (%s, %s)")
-        params += _read_cursor(cursor)
+        params += _read_cursor(cursor, str)
     return _page(
         "commands",
         where,
@@ -83,7 +84,7 @@ def list_troubleshooting(
     where, params = _filter(domain, None, command_type)
     if cursor is not None:
         where.append("(parked_at, command_id) > (%s, %s)")
-        params += _read_cursor(cursor)
+        params += _read_cursor(cursor, datetime.fromisoformat)
     return _page(
         "troubleshooting",
         where,
@@ -190,9 +191,9 @@ def _write_cursor(key: list[str]) -> str:
     return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
 
 
-def _read_cursor(cursor: str) -> list[object]:
+def _read_cursor(cursor: str, read: Callable[[str], object]) -> list[object]:
     try:
         first, second = json.loads(base64.urlsafe_b64decode(cursor.encode()))
-        return [str(first), UUID(second)]
-    except (ValueError, TypeError):
+        return [read(first), UUID(second)]
+    except (ValueError, TypeError, AttributeError):
         raise InvalidCommandError("cursor is not one that a page gave out as next_cursor") from None

@@ -44,6 +44,11 @@ class _Entry:
     def waits(self) -> bool:
         return not self.future.done()
 
+    @property
+    def looked_up(self) -> bool:
+        """Whether its id may be known to the database already."""
+        return self.outgoing.own_id or self.maybe_sent
+
     def settle(self, outcome: str) -> None:
         if self.waits:
             self.future.set_result(outcome)
@@ -62,6 +67,7 @@ class SendBuffer:
         self._connections = connections
         self._waiting: deque[_Entry] = deque()
         self._contended: deque[_Entry] = deque()
+        self._flushing = 0
         self._flushes: set[asyncio.Task[None]] = set()
         self._contended_flush: asyncio.Task[None] | None = None
 
@@ -111,15 +117,19 @@ class SendBuffer:
             )
 
     def _start(self) -> None:
-        if len(self._flushes) < self._connections:
+        if self._flushing < self._connections:
+            self._flushing += 1
             # An empty context: the flush serves many callers and must not run under the trace of the first.
             task = asyncio.get_running_loop().create_task(self._flush(), context=contextvars.Context())
             self._flushes.add(task)
             task.add_done_callback(self._flushes.discard)
 
     async def _flush(self) -> None:
-        while batch := self._take():
-            await self._deliver(batch)
+        try:
+            while batch := self._take():
+                await self._deliver(batch)
+        finally:  # in the step that found nothing: who comes next starts another
+            self._flushing -= 1
 
     def _take(self) -> list[_Entry]:
         batch: list[_Entry] = []
@@ -145,7 +155,7 @@ class SendBuffer:
         """Send the batch as one statement; settles all entries or raises."""
         async with self._database.connection() as connection:
             batch = [entry for entry in batch if entry.waits]  # some gave up while there was no connection
-            rows = [entry.outgoing.row(look_up=entry.outgoing.own_id or entry.maybe_sent) for entry in batch]
+            rows = [entry.outgoing.row(look_up=entry.looked_up) for entry in batch]
             for entry in batch:
                 entry.under_way = True
             try:
@@ -165,7 +175,7 @@ class SendBuffer:
     async def _sort_out(self, batch: list[_Entry], error: Exception) -> bool:
         """Decide what a failed flush means for its entries. True: try those that still wait again, as they are."""
         state = getattr(error, "sqlstate", None) or ""
-        if state == _LOCK_NOT_AVAILABLE:
+        if state == _LOCK_NOT_AVAILABLE and any(entry.looked_up for entry in batch):
             await self._set_contended_apart(batch)
         elif state[:2] in _FAULT_OF_A_ROW:
             if len(batch) == 1:
@@ -191,9 +201,9 @@ class SendBuffer:
 
         Four flushes that wait for a lock would stop all sends, also that of the rival itself.
         """
-        own = [entry for entry in batch if entry.outgoing.own_id or entry.maybe_sent]
+        own = [entry for entry in batch if entry.looked_up]
         if len(own) < len(batch):
-            await self._deliver([entry for entry in batch if entry not in own])
+            await self._deliver([entry for entry in batch if not entry.looked_up])
             await self._deliver(own)
         elif len(own) > 1:
             await self._halve(own)

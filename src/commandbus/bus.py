@@ -16,7 +16,7 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import Outgoing
-from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable
+from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable, savepoint_on
 from commandbus._hints import Hints
 from commandbus._send_buffer import MAX_BYTES, MAX_ROWS, SendBuffer
 from commandbus.errors import (
@@ -182,19 +182,22 @@ class CommandBus:
         """
         everything = [self._outgoing(request) for request in requests]
         receipts: list[Receipt] = []
+        if connection is not None:
+            async with savepoint_on(connection):
+                for chunk in _chunks(everything):
+                    rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
+                    _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
+            return receipts
         for chunk in _chunks(everything):
             try:
-                outcomes = await self._send_chunk(chunk, connection)
-                conflicts = _sort(chunk, outcomes, receipts)
-                if conflicts:
-                    raise conflicts[0]
+                _settle(chunk, await self._send_durably(chunk), receipts)
             except (CommandBusError, psycopg.Error) as error:
-                if connection is not None or not receipts:
+                if not receipts:
                     raise
                 raise PartialSendError(
                     f"{len(receipts)} of {len(everything)} commands are durable; then: {error}", receipts
                 ) from error
-        if connection is None and receipts:
+        if receipts:
             await self.wake(*{receipt.domain for receipt in receipts})
         return receipts
 
@@ -203,19 +206,14 @@ class CommandBus:
 
         Only a hint: workers poll as well, so it does not raise when the database cannot be reached.
         """
+        database = self.database
         with contextlib.suppress(psycopg.Error, DatabaseUnavailableError):
-            await self.database.run(_calls.wake(domains))
+            await database.run(_calls.wake(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         headers = dict(request.headers or {})
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers)
-
-    async def _send_chunk(self, chunk: list[Outgoing], connection: object) -> list[str]:
-        if connection is None:
-            return await self._send_durably(chunk)
-        rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
-        return await execute_on(connection, _calls.send(rows))
 
     async def _send_durably(self, chunk: list[Outgoing]) -> list[str]:
         """Send a chunk; when its connection breaks, send the same ids again until the time is up."""
@@ -314,15 +312,16 @@ class CommandBus:
             raise SchemaError(problem)
 
 
-def _sort(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt]) -> list[CommandIdConflictError]:
-    """Add the receipts of a chunk; returns its conflicts."""
+def _settle(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt]) -> None:
+    """Add the receipts of a chunk; then raises the first conflict in it."""
     conflicts = []
     for outgoing, outcome in zip(chunk, outcomes, strict=True):
         try:
             receipts.append(_receipt(outgoing, outcome))
         except CommandIdConflictError as conflict:
             conflicts.append(conflict)
-    return conflicts
+    if conflicts:
+        raise conflicts[0]
 
 
 def _receipt(outgoing: Outgoing, outcome: str) -> Receipt:

@@ -64,10 +64,12 @@ def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
             kind = "PERMANENT"
         case _:
             kind = "TRANSIENT"
+    code: object
+    message: object
     if isinstance(error, CommandError):
         code, message, details = error.code, error.message, error.details
     else:
-        code, message, details = type(error).__name__, str(error), {"traceback": _traceback(error)}
+        code, message, details = type(error).__name__, error, {"traceback": _traceback(error)}
     text = _error_text(code, message, details)
     return Failed(kind, text, handler.retry.wait_after(attempt), handler.retry.max_attempts)
 
@@ -77,18 +79,22 @@ def refused(reason: str, handler: Handler) -> Failed:
     return failed(PermanentCommandError("UNSTORABLE", reason), handler, 1)
 
 
-def storable(text: str) -> str:
-    """Return the text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4 KiB."""
+def storable(value: object) -> str:
+    """Return a text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4 KiB."""
+    try:
+        text = str(value)
+    except Exception as error:  # noqa: BLE001 - a user's __str__
+        text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
     return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:MAX_TEXT])
 
 
 def _traceback(error: BaseException) -> str:
     """Return the end of the traceback: where it happened."""
-    return "".join(traceback.format_exception(error))[-MAX_TEXT // 2 :]
+    return "".join(traceback.format_tb(error.__traceback__))[-MAX_TEXT // 2 :]
 
 
-def _error_text(code: str, message: str, details: Json) -> str:
-    error: dict[str, Json] = {"code": storable(str(code))[:128], "message": storable(str(message))}
+def _error_text(code: object, message: object, details: Json) -> str:
+    error: dict[str, Json] = {"code": storable(code)[:128], "message": storable(message)}
     if details is not None:
         error["details"] = _storable_json(details)
     return json.dumps(error)
@@ -99,7 +105,7 @@ def _storable_json(details: Json) -> Json:
     try:
         text = json.dumps(details, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        return storable(repr(details))
+        return storable(details)
     if len(text) > MAX_TEXT or _UNSTORABLE.search(text) or "\\u0000" in text:
         return storable(text)
     return details

@@ -63,7 +63,7 @@ class Finisher:
     async def _record_all(self, batch: list[Outcome]) -> None:
         groups: defaultdict[tuple[str, type], list[Outcome]] = defaultdict(list)
         for lease, ending in batch:
-            if isinstance(ending, Recorded):
+            if isinstance(ending, Recorded) or not self._leases.holds(lease):
                 self._let_go(lease)
             else:
                 groups[lease.claimed.domain, type(ending)].append((lease, ending))

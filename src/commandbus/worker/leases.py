@@ -29,11 +29,6 @@ class Lease:
         self._ended = threading.Event()
 
     @property
-    def key(self) -> tuple[str, UUID, int]:
-        """Domain, id and delivery: one delivery is one lease."""
-        return self.claimed.domain, self.claimed.command_id, self.claimed.delivery
-
-    @property
     def cancelled(self) -> bool:
         """Whether the handler's outcome can no longer be recorded."""
         return self._ended.is_set()
@@ -66,7 +61,7 @@ class Leases:
         self.duration = duration
         # Two seconds or a tenth: what a late stop may cost on top of the lease.
         self._margin = min(2.0, duration.total_seconds() / 10)
-        self._held: dict[tuple[str, UUID, int], Lease] = {}
+        self._held: dict[tuple[str, UUID], Lease] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -80,15 +75,23 @@ class Leases:
         """Return until when a lease is to be trusted that was asked for at this monotonic time."""
         return asked_at + self.duration.total_seconds() - self._margin
 
-    def add(self, lease: Lease) -> None:
-        """Hold a lease."""
+    def add(self, lease: Lease) -> Lease | None:
+        """Hold a lease. Returns the older one of the same command that it replaces: that one is lost."""
+        key = lease.claimed.domain, lease.claimed.command_id
         with self._lock:
-            self._held[lease.key] = lease
+            older = self._held.get(key)
+            self._held[key] = lease
+        return older
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether this lease is held, and not replaced by a newer one of the same command."""
+        return self._held.get((lease.claimed.domain, lease.claimed.command_id)) is lease
 
     def remove(self, lease: Lease) -> None:
         """Let go of a lease whose outcome is recorded or lost."""
         with self._lock:
-            self._held.pop(lease.key, None)
+            if self.holds(lease):
+                del self._held[lease.claimed.domain, lease.claimed.command_id]
 
     def renewed(self, lease: Lease, asked_at: float) -> None:
         """Trust a lease again for its duration."""

@@ -26,7 +26,6 @@ logger = logging.getLogger("commandbus.worker")
 
 _CALL_SECONDS = 5.0
 _BUSY_PAUSE = 0.05
-_BUSY_TRIES = 20
 
 
 class Renewer:
@@ -114,9 +113,8 @@ class Renewer:
                 by_domain[lease.claimed.domain].append(lease)
         for domain, leases in by_domain.items():
             busy = await self._renew_some(connection, domain, leases)
-            for _ in range(_BUSY_TRIES):
-                if not busy:
-                    break
+            end = time.monotonic() + self._leases.duration.total_seconds() / 6  # half the way to the next round
+            while busy and time.monotonic() < end:
                 await asyncio.sleep(_BUSY_PAUSE)
                 busy = await self._renew_some(connection, domain, busy)
 

@@ -75,6 +75,7 @@ class Worker:
         self._leases = Leases(self.name, lease)
         self._transactional_connections = transactional_connections
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ran = False
         self._stops = 0
         self._hurry = asyncio.Event()
 
@@ -85,11 +86,12 @@ class Worker:
         logged and waited out. In a thread other than the main one, signals are left alone. A worker runs once.
         """
         database = self._bus.database
-        if self._loop is not None:
+        if self._ran:
             raise ConfigurationError("this worker has run: make a new one")
-        self._loop = asyncio.get_running_loop()
+        self._ran = True
         async with self._transactions(database) as transactions:
             self._compose(database, transactions)
+            self._loop = asyncio.get_running_loop()
             logger.info(
                 "worker %s starts: domains %s, concurrency %d, threads %d",
                 self.name, ", ".join(self.domains), self._concurrency, self._thread_pool_size,
@@ -211,14 +213,16 @@ class Worker:
         deadline = self._leases.deadline(asked_at)
         for claimed in commands:
             lease = Lease(claimed, self._registry.find(claimed.domain, claimed.command_type), deadline)
-            self._leases.add(lease)
+            older = self._leases.add(lease)
+            if older is not None:
+                self._lose(older)
             self._runner.start(lease)
 
     def _freed(self) -> None:
         self._claimer.wake()
 
     def _lose(self, lease: Lease) -> None:
-        """Stop a delivery that does not own its command any more. Called in the renewer's thread."""
+        """Stop a delivery that does not own its command any more. Any thread may call it."""
         if lease.lost:
             return
         lease.lost = True

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import copy
 import os
+import select
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from commandbus.errors import (
     CommandBusError,
     ConfigurationError,
     DatabaseUnavailableError,
+    InvalidCommandError,
     SchemaError,
 )
 
@@ -111,16 +113,27 @@ class Database:
             await self._pool.putconn(connection)
 
     async def _acquire(self, timeout: float) -> psycopg.AsyncConnection[Row]:
-        """Get a connection, asking anew each second: the pool connects when it is asked, not while somebody waits."""
+        """Get a connection, asking anew each second: the pool connects when it is asked, not while somebody waits.
+
+        After a restart of the server every connection in the pool is dead; those that show it are thrown away here,
+        where otherwise each would cost a call and its back-off.
+        """
         end = asyncio.get_running_loop().time() + timeout
+        dead = 0
         while True:
             try:
-                return await self._pool.getconn(_RECONNECT_SECONDS)
+                connection = await self._pool.getconn(_RECONNECT_SECONDS)
             except PoolClosed:
                 raise ClosedError("the bus is closed") from None
             except PoolTimeout:
                 if asyncio.get_running_loop().time() >= end:
                     raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.0f} s") from None
+                continue
+            if dead >= self._pool.max_size or not _hung_up(connection):
+                return connection
+            dead += 1
+            await connection.close()
+            await self._pool.putconn(connection)
 
     async def run(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
         """Run a call once on a pooled connection. See `execute` for what it raises.
@@ -192,11 +205,18 @@ async def execute_on(connection: object, call: Call[T]) -> T:
 
 @contextlib.asynccontextmanager
 async def savepoint_on(connection: object) -> AsyncIterator[None]:
-    """All or none, in the caller's transaction: a savepoint there, or a transaction where there is none."""
+    """All or none, in the caller's transaction: a savepoint there, or a transaction on an autocommit connection.
+
+    psycopg's own `transaction()` commits when it is the first thing on a connection; so something else comes first.
+    """
     if isinstance(connection, psycopg.AsyncConnection):
+        if not connection.autocommit:
+            await connection.execute("SELECT 1")
         async with connection.transaction():
             yield
     elif isinstance(connection, psycopg.Connection):
+        if not connection.autocommit:
+            connection.execute("SELECT 1")
         with connection.transaction():
             yield
     else:
@@ -205,6 +225,15 @@ async def savepoint_on(connection: object) -> AsyncIterator[None]:
 
 def _no_connection(given: object) -> ConfigurationError:
     return ConfigurationError(f"connection is a {type(given).__name__}: give a psycopg Connection or AsyncConnection")
+
+
+def _hung_up(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the server has something to say though nothing was asked: in general, that it is going."""
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([connection.fileno()], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def sever(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -237,6 +266,22 @@ def brief(error: BaseException) -> str:
     text = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     line = (text or str(error)).partition("\n")[0][:300]
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether PostgreSQL refuses what a row says: data, constraint, limit, or a check of ours."""
+    return (getattr(error, "sqlstate", None) or "")[:2] in {"22", "23", "54", "CB"}
+
+
+@contextlib.contextmanager
+def refusals_of(what: str) -> Iterator[None]:
+    """Tell a refusal by PostgreSQL as `InvalidCommandError`; its own words may quote the payload."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if not is_refusal(error):
+            raise
+        raise InvalidCommandError(f"{what} was refused by PostgreSQL: {brief(error)}") from None
 
 
 def is_connection_lost(error: BaseException) -> bool:

@@ -37,15 +37,9 @@ class Hints:
 
     async def give(self, connection: psycopg.AsyncConnection[Any], domains: Collection[str]) -> None:
         """Hint to the workers of these domains, on a connection that the caller holds."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        due = [domain for domain in domains if now - self._given_at.get(domain, -_INTERVAL) >= _INTERVAL]
-        self._owed.update(domain for domain in domains if domain not in due)
-        if self._owed and self._timer is None:
-            # An empty context: the hint is for everybody, and holds no connection of the caller.
-            self._timer = loop.call_later(_INTERVAL, self._settle, context=contextvars.Context())
+        self._owed.update(domains)
+        due = self._take_due()
         if due:
-            self._note(due, now)
             await execute(connection, _calls.wake(due), _DEADLINE)
 
     def close(self) -> None:
@@ -55,19 +49,27 @@ class Hints:
         if self._task is not None:
             self._task.cancel()
 
+    def _take_due(self) -> list[str]:
+        """Take the owed domains whose last hint is long enough ago; for the rest there is a timer."""
+        now = asyncio.get_running_loop().time()
+        due = [domain for domain in self._owed if now - self._given_at.get(domain, -_INTERVAL) >= _INTERVAL]
+        self._owed.difference_update(due)
+        if len(self._given_at) > _MAX_DOMAINS:
+            self._given_at.clear()
+        self._given_at.update(dict.fromkeys(due, now))
+        if self._owed and self._timer is None:
+            # An empty context: the hint is for everybody, and holds no connection of the caller.
+            self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._settle, context=contextvars.Context())
+        return due
+
     def _settle(self) -> None:
         self._timer = None
         self._task = asyncio.get_running_loop().create_task(self._give_owed())
 
     async def _give_owed(self) -> None:
-        owed, self._owed = sorted(self._owed), set()
-        self._note(owed, asyncio.get_running_loop().time())
+        due = self._take_due()
         try:
-            await self._database.run(_calls.wake(owed), _DEADLINE)
+            if due:
+                await self._database.run(_calls.wake(due), _DEADLINE)
         except (CommandBusError, psycopg.Error) as error:
             logger.debug("a hint was not given: %s", brief(error))
-
-    def _note(self, domains: Collection[str], now: float) -> None:
-        if len(self._given_at) > _MAX_DOMAINS:
-            self._given_at.clear()
-        self._given_at.update(dict.fromkeys(domains, now))

@@ -14,9 +14,19 @@ from collections import deque
 
 from commandbus import _calls
 from commandbus._calls import Outgoing
-from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost, is_unavailable, own_copy
+from commandbus._database import (
+    CALL_SECONDS,
+    Database,
+    brief,
+    execute,
+    is_connection_lost,
+    is_refusal,
+    is_unavailable,
+    own_copy,
+    refusals_of,
+)
 from commandbus._hints import Hints
-from commandbus.errors import CommandBusError, InvalidCommandError, OutcomeUnknownError, SendTimeoutError
+from commandbus.errors import OutcomeUnknownError, SendTimeoutError
 
 logger = logging.getLogger("commandbus.send")
 
@@ -26,7 +36,6 @@ LOCK_TIMEOUT_MS = 50
 """How long a flush waits for a rival's uncommitted command of the same id, before that row goes to its own lane."""
 _PAUSE = 0.1  # seconds, at least, between two tries without a connection
 _LOCK_NOT_AVAILABLE = "55P03"
-_FAULT_OF_A_ROW = {"22", "23", "54", "CB"}  # data, constraint, limit, our own; never split on 08 or 57
 
 
 class _Entry:
@@ -177,14 +186,15 @@ class SendBuffer:
         state = getattr(error, "sqlstate", None) or ""
         if state == _LOCK_NOT_AVAILABLE and any(entry.looked_up for entry in batch):
             await self._set_contended_apart(batch)
-        elif state[:2] in _FAULT_OF_A_ROW:
+        elif is_refusal(error):  # never split on 08 or 57
             if len(batch) == 1:
-                batch[0].fail(_refusal(error, batch[0].outgoing))
+                batch[0].fail(_told(error, batch[0].outgoing))
             else:
                 await self._halve(batch)
         elif is_unavailable(error):
             logger.warning("a flush of %d commands failed and is repeated: %s", len(batch), brief(error))
-            await asyncio.sleep(_PAUSE * random.uniform(1, 2))  # noqa: S311 - spread, not a secret
+            if not is_connection_lost(error):  # for another connection there is no need to wait
+                await asyncio.sleep(_PAUSE * random.uniform(1, 2))  # noqa: S311 - spread, not a secret
             return True
         else:
             for entry in batch:
@@ -222,8 +232,10 @@ class SendBuffer:
         self._contended_flush = None
 
 
-def _refusal(error: Exception, outgoing: Outgoing) -> Exception:
+def _told(error: Exception, outgoing: Outgoing) -> Exception:
     """Return what the caller of a refused row is told."""
-    if isinstance(error, CommandBusError):
-        return own_copy(error)
-    return InvalidCommandError(f"command {outgoing.command_id} was refused by PostgreSQL: {brief(error)}")
+    try:
+        with refusals_of(f"command {outgoing.command_id}"):
+            raise error
+    except Exception as told:  # noqa: BLE001 - the two kinds of error that a refusal is
+        return own_copy(told)

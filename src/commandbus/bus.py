@@ -16,7 +16,7 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import Outgoing
-from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable, savepoint_on
+from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable, refusals_of, savepoint_on
 from commandbus._hints import Hints
 from commandbus._send_buffer import MAX_BYTES, MAX_ROWS, SendBuffer
 from commandbus.errors import (
@@ -167,7 +167,8 @@ class CommandBus:
         outgoing = self._outgoing(request)
         if connection is not None:
             row = outgoing.row(look_up=outgoing.own_id)
-            (outcome,) = await execute_on(connection, _calls.send([row]))
+            with refusals_of(f"command {outgoing.command_id}"):
+                (outcome,) = await execute_on(connection, _calls.send([row]))
         else:
             self.database  # noqa: B018 - checks that the bus is open here
             outcome = await self._buffer.send(outgoing, self._send_timeout)
@@ -183,10 +184,11 @@ class CommandBus:
         everything = [self._outgoing(request) for request in requests]
         receipts: list[Receipt] = []
         if connection is not None:
-            async with savepoint_on(connection):
-                for chunk in _chunks(everything):
-                    rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
-                    _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
+            with refusals_of("the batch"):
+                async with savepoint_on(connection):
+                    for chunk in _chunks(everything):
+                        rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
+                        _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
             return receipts
         for chunk in _chunks(everything):
             try:
@@ -223,7 +225,8 @@ class CommandBus:
         while True:
             rows = [outgoing.row(look_up=outgoing.own_id or maybe_sent) for outgoing in chunk]
             try:
-                return await self.database.run(_calls.send(rows))
+                with refusals_of("a chunk of the batch"):
+                    return await self.database.run(_calls.send(rows))
             except (CommandBusError, psycopg.Error) as error:
                 maybe_sent = maybe_sent or is_connection_lost(error)
                 if not is_unavailable(error):

@@ -12,7 +12,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._calls import Answers, Call
-from commandbus._database import Database, brief
+from commandbus._database import Database, brief, is_refusal
 from commandbus.errors import CommandBusError
 from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, refused
 from commandbus.worker.leases import Lease, Leases
@@ -23,7 +23,6 @@ Outcome: TypeAlias = tuple[Lease, Ending]
 MAX_BATCH = 500
 _BUSY_PAUSE = 0.05  # seconds
 _MAX_PAUSE = 2.0
-_REFUSED = {"22", "23", "54"}  # data, constraint, limit
 
 
 class Finisher:
@@ -75,7 +74,7 @@ class Finisher:
         try:
             answers = await self._database.run(_call(domain, outcomes))
         except (CommandBusError, psycopg.Error) as error:
-            if (getattr(error, "sqlstate", None) or "")[:2] in _REFUSED:
+            if is_refusal(error):
                 await self._find_refused(domain, outcomes, error)
             else:
                 await self._again_later(outcomes, error)

@@ -92,11 +92,14 @@ class Worker:
         async with self._transactions(database) as transactions:
             self._compose(database, transactions)
             self._loop = asyncio.get_running_loop()
-            logger.info(
-                "worker %s starts: domains %s, concurrency %d, threads %d",
-                self.name, ", ".join(self.domains), self._concurrency, self._thread_pool_size,
-            )  # fmt: skip
             with self._signals():
+                logger.info(
+                    "worker %s starts: domains %s, concurrency %d, threads %d",
+                    self.name,
+                    ", ".join(self.domains),
+                    self._concurrency,
+                    self._thread_pool_size,
+                )
                 await self._work(database)
             logger.info("worker %s has stopped", self.name)
 

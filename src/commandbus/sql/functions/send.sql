@@ -26,18 +26,18 @@ BEGIN
     END IF;
     FOR r IN
         WITH given AS MATERIALIZED (
-            SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type, g.data,
+            SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type,
+                   coalesce(g.data, 'null') AS data,
                    coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
                    coalesce(g.priority, 0::smallint) AS priority, coalesce(g.own_id, false) AS own_id,
                    CASE WHEN g.delay BETWEEN 0 AND v_longest THEN v_now + make_interval(secs => g.delay) END AS not_before,
                    CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'
                         WHEN g.command_type ~ v_name IS NOT TRUE THEN 'command_type'
-                        WHEN g.data IS NULL THEN 'data'
                         WHEN jsonb_typeof(g.headers) <> 'object' THEN 'headers'
                         WHEN g.priority NOT BETWEEN -100 AND 100 THEN 'priority'
                         WHEN g.max_attempts NOT BETWEEN 1 AND 1000000 THEN 'max_attempts'
                         WHEN g.delay NOT BETWEEN 0 AND v_longest THEN 'delay' END AS wrong,
-                   sha256(convert_to(g.command_type || ' ' || g.data::text, 'UTF8')) AS data_hash
+                   sha256(convert_to(g.command_type || ' ' || coalesce(g.data, 'null')::text, 'UTF8')) AS data_hash
             FROM ROWS FROM (json_to_recordset(p_commands::json) AS
                 (domain text, command_id uuid, command_type text, data jsonb, headers jsonb, correlation_id text,
                  reply_to text, max_attempts integer, delay double precision, priority smallint, own_id boolean))

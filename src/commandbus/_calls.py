@@ -14,7 +14,6 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
-from commandbus._ids import new_id
 from commandbus.errors import InvalidCommandError
 from commandbus.model import Command, CommandStatus, Json, SendRequest
 
@@ -22,6 +21,8 @@ T = TypeVar("T")
 Row: TypeAlias = tuple[Any, ...]
 
 MAX_DELAY = timedelta(days=3650)
+MAX_BYTES = 1 << 20
+"""Of one command or one result as JSON text, and about what one statement carries."""
 PRIORITY_LEVELS = 54
 """`place >> 54` is the level of a priority, 0 for the highest; the rest is the sequence number."""
 LAST_PLACE = (201 << PRIORITY_LEVELS) - 1
@@ -55,12 +56,22 @@ class Outgoing:
         return f'{self.text[:-1]},"own_id":true}}' if look_up else self.text
 
 
-def outgoing(request: SendRequest, headers: Mapping[str, str]) -> Outgoing:
-    """Check a request and serialise it; raises `InvalidCommandError` that names the field."""
+def outgoing(request: SendRequest, headers: Mapping[str, str], fresh_id: UUID) -> Outgoing:
+    """Check a request and serialise it; raises `InvalidCommandError` that names the field.
+
+    `fresh_id` is for a request without an id of its own.
+    """
     own_id = request.command_id
     if own_id is not None and not isinstance(own_id, UUID):
         raise InvalidCommandError(f"command_id is {own_id!r}: it must be a uuid.UUID")
-    command_id = own_id or new_id()
+    command_id = own_id or fresh_id
+    text = encode(_row(request, headers, command_id), f"command {command_id}: data")
+    if len(text) > MAX_BYTES:
+        raise InvalidCommandError(f"command {command_id} has {len(text):,} bytes: at most {MAX_BYTES:,} can be sent")
+    return Outgoing(request.domain, command_id, own_id is not None, text)
+
+
+def _row(request: SendRequest, headers: Mapping[str, str], command_id: UUID) -> dict[str, Json]:
     row: dict[str, Json] = {
         "domain": _name("domain", request.domain, command_id),
         "command_type": _name("command_type", request.command_type, command_id),
@@ -68,9 +79,9 @@ def outgoing(request: SendRequest, headers: Mapping[str, str]) -> Outgoing:
         "data": request.data,
     }
     if headers:
-        row["headers"] = dict(headers)
         if not all(isinstance(text, str) for pair in headers.items() for text in pair):
             raise InvalidCommandError(f"command {command_id}: headers must map strings to strings")
+        row["headers"] = dict(headers)
     if request.correlation_id is not None:
         row["correlation_id"] = str(request.correlation_id)
     if request.reply_to is not None:
@@ -83,7 +94,7 @@ def outgoing(request: SendRequest, headers: Mapping[str, str]) -> Outgoing:
         if not timedelta(0) <= request.delay <= MAX_DELAY:
             raise InvalidCommandError(f"command {command_id}: delay must be between 0 and {MAX_DELAY.days} days")
         row["delay"] = request.delay.total_seconds()
-    return Outgoing(request.domain, command_id, own_id is not None, encode(row, f"command {command_id}: data"))
+    return row
 
 
 def encode(value: Json, what: str) -> str:
@@ -99,7 +110,8 @@ def send(rows: Sequence[str], lock_timeout_ms: int | None = None) -> Call[list[s
     return Call(
         "SELECT outcome FROM commandbus.send_v1(%s, %s)",
         (f"[{','.join(rows)}]", lock_timeout_ms),
-        lambda found: [row[0] for row in found],
+        # A caller's connection to a database without an encoding answers in bytes.
+        lambda found: [row[0].decode() if isinstance(row[0], bytes) else row[0] for row in found],
     )
 
 
@@ -236,6 +248,21 @@ def fail(domain: str, items: Sequence[str]) -> Call[Answers]:
 def release(domain: str, items: Sequence[str]) -> Call[Answers]:
     """Give leases back uncharged; see `release_v1`."""
     return _lease_call("release_v1", domain, items)
+
+
+def transaction(*, last: bool = False) -> Call[str]:
+    """Return the id of the transaction that is open on the connection.
+
+    `last`: only the completion and the commit are to come. Should this process freeze between the two, the server ends
+    the transaction, whose lock on the command would keep everybody from finding the lease expired.
+    """
+    if not last:
+        return Call("SELECT pg_current_xact_id()::text", (), lambda rows: str(rows[0][0]))
+    return Call(
+        "SELECT pg_current_xact_id()::text, set_config('idle_in_transaction_session_timeout', '10s', true)",
+        (),
+        lambda rows: str(rows[0][0]),
+    )
 
 
 # -- people ------------------------------------------------------------------------------------------------------------

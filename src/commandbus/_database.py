@@ -39,6 +39,20 @@ CALL_SECONDS = 10.0
 """The deadline of one statement of the library's own, and of getting a connection for it."""
 
 _RECONNECT_SECONDS = 1.0
+
+_OPTIONS = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        # What the functions and psycopg count on, whatever the defaults of the database are.
+        "default_transaction_isolation": r"read\ committed",
+        "datestyle": "ISO",
+        # A client that froze with an answer under way keeps its transaction, and its locks, until the server notices.
+        "tcp_user_timeout": 10_000,
+        "tcp_keepalives_idle": 30,
+        "tcp_keepalives_interval": 10,
+        "tcp_keepalives_count": 3,
+    }.items()
+)
 _NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
 
@@ -46,10 +60,19 @@ _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", defau
 class Database:
     """A pool of connections to one database, and the ways to run a call on them."""
 
-    def __init__(self, dsn: str, *, connections: int, application_name: str, transaction_pooler: bool = False) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        connections: int,
+        application_name: str,
+        transaction_pooler: bool = False,
+        for_user_code: bool = False,
+    ) -> None:
         self.transaction_pooler = transaction_pooler
         self._conninfo = _with_defaults(dsn, application_name)
         self._application_name = application_name
+        self._for_user_code = for_user_code
         self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] = AsyncConnectionPool(
             self._conninfo,
             kwargs=self._settings,
@@ -60,26 +83,29 @@ class Database:
             # wait half a minute more.
             reconnect_timeout=_RECONNECT_SECONDS,
             timeout=CALL_SECONDS,
+            reset=_reset if for_user_code else None,
         )
 
     @property
     def _settings(self) -> dict[str, Any]:
-        # A transaction pooler gives each transaction another session, which does not know the statement: 80 of 480
-        # calls failed.
         if self.transaction_pooler:
+            # It gives each transaction another session, which does not know the statement: 80 of 480 calls failed.
+            # Nor does it take options.
             return {"autocommit": True, "prepare_threshold": None}
-        # The functions count on seeing what they waited for, whatever the default of the database is.
         given = conninfo_to_dict(self._conninfo).get("options") or ""
-        options = f"{given} -c default_transaction_isolation=read\\ committed".strip()
-        return {"autocommit": True, "prepare_threshold": 0, "options": options}
+        return {"autocommit": True, "prepare_threshold": 0, "options": f"{given} {_OPTIONS}".strip()}
 
-    def with_connections(self, connections: int) -> Database:
-        """Return another pool to the same database, not open yet."""
+    def for_user_code(self, connections: int) -> Database:
+        """Return another pool to the same database, not open yet, whose connections handlers may hold.
+
+        While they do they may use the bus; what they leave behind in the session is reset.
+        """
         return Database(
             self._conninfo,
             connections=connections,
             application_name=self._application_name,
             transaction_pooler=self.transaction_pooler,
+            for_user_code=True,
         )
 
     async def open(self) -> None:
@@ -95,22 +121,17 @@ class Database:
         await self._pool.close()
 
     @contextlib.asynccontextmanager
-    async def connection(
-        self, timeout: float = CALL_SECONDS, *, for_user_code: bool = False
-    ) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
-        """Lend a connection of the pool for one statement or one transaction of the library's own.
-
-        `for_user_code`: for a transactional handler, whose pool is its own; the handler may use the bus meanwhile.
-        """
-        if _holding.get() and not for_user_code:
+    async def connection(self, timeout: float = CALL_SECONDS) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
+        """Lend a connection of the pool for one statement or one transaction of the library's own."""
+        if _holding.get() and not self._for_user_code:
             raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
         connection = await self._acquire(timeout)
-        token = _holding.set(not for_user_code)
+        token = _holding.set(not self._for_user_code)
         try:
             yield connection
         finally:
             _holding.reset(token)
-            await self._pool.putconn(connection)
+            await asyncio.shield(self._pool.putconn(connection))  # cancelled on its way back it would be lost for good
 
     async def _acquire(self, timeout: float) -> psycopg.AsyncConnection[Row]:
         """Get a connection, asking anew each second: the pool connects when it is asked, not while somebody waits.
@@ -227,6 +248,10 @@ def _no_connection(given: object) -> ConfigurationError:
     return ConfigurationError(f"connection is a {type(given).__name__}: give a psycopg Connection or AsyncConnection")
 
 
+async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
+    await connection.execute("RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all()", prepare=False)
+
+
 def _hung_up(connection: psycopg.AsyncConnection[Any]) -> bool:
     """Whether the server has something to say though nothing was asked: in general, that it is going."""
     if not hasattr(select, "poll"):  # Windows
@@ -273,6 +298,13 @@ def is_refusal(error: BaseException) -> bool:
     return (getattr(error, "sqlstate", None) or "")[:2] in {"22", "23", "54", "CB"}
 
 
+def refusal(error: Exception, what: str) -> Exception:
+    """Return what is told of a refusal: the library's own error, or `InvalidCommandError`."""
+    if isinstance(error, CommandBusError):
+        return error
+    return InvalidCommandError(f"{what} was refused by PostgreSQL: {brief(error)}")
+
+
 @contextlib.contextmanager
 def refusals_of(what: str) -> Iterator[None]:
     """Tell a refusal by PostgreSQL as `InvalidCommandError`; its own words may quote the payload."""
@@ -281,7 +313,7 @@ def refusals_of(what: str) -> Iterator[None]:
     except psycopg.Error as error:
         if not is_refusal(error):
             raise
-        raise InvalidCommandError(f"{what} was refused by PostgreSQL: {brief(error)}") from None
+        raise refusal(error, what) from None
 
 
 def is_connection_lost(error: BaseException) -> bool:
@@ -316,6 +348,7 @@ def _with_defaults(dsn: str, application_name: str) -> str:
     defaults = {
         "application_name": application_name,
         "connect_timeout": "10",
+        "client_encoding": "UTF8",
         # A peer that vanished with data under way: noticed after 4.2 s with 4000, never by keepalives alone.
         "tcp_user_timeout": "10000",
         "keepalives_idle": "30",

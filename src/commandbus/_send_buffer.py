@@ -13,7 +13,7 @@ import random
 from collections import deque
 
 from commandbus import _calls
-from commandbus._calls import Outgoing
+from commandbus._calls import MAX_BYTES, Outgoing
 from commandbus._database import (
     CALL_SECONDS,
     Database,
@@ -23,7 +23,7 @@ from commandbus._database import (
     is_refusal,
     is_unavailable,
     own_copy,
-    refusals_of,
+    refusal,
 )
 from commandbus._hints import Hints
 from commandbus.errors import OutcomeUnknownError, SendTimeoutError
@@ -31,7 +31,6 @@ from commandbus.errors import OutcomeUnknownError, SendTimeoutError
 logger = logging.getLogger("commandbus.send")
 
 MAX_ROWS = 1000
-MAX_BYTES = 1 << 20
 LOCK_TIMEOUT_MS = 50
 """How long a flush waits for a rival's uncommitted command of the same id, before that row goes to its own lane."""
 _PAUSE = 0.1  # seconds, at least, between two tries without a connection
@@ -188,7 +187,7 @@ class SendBuffer:
             await self._set_contended_apart(batch)
         elif is_refusal(error):  # never split on 08 or 57
             if len(batch) == 1:
-                batch[0].fail(_told(error, batch[0].outgoing))
+                batch[0].fail(own_copy(refusal(error, f"command {batch[0].outgoing.command_id}")))
             else:
                 await self._halve(batch)
         elif is_unavailable(error):
@@ -230,12 +229,3 @@ class SendBuffer:
                 await self._deliver([self._contended.popleft()])
             await asyncio.sleep(LOCK_TIMEOUT_MS / 1000)
         self._contended_flush = None
-
-
-def _told(error: Exception, outgoing: Outgoing) -> Exception:
-    """Return what the caller of a refused row is told."""
-    try:
-        with refusals_of(f"command {outgoing.command_id}"):
-            raise error
-    except Exception as told:  # noqa: BLE001 - the two kinds of error that a refusal is
-        return own_copy(told)

@@ -15,10 +15,11 @@ from uuid import UUID
 import psycopg
 
 from commandbus import _calls, _queries
-from commandbus._calls import Outgoing
+from commandbus._calls import MAX_BYTES, Outgoing
 from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable, refusals_of, savepoint_on
 from commandbus._hints import Hints
-from commandbus._send_buffer import MAX_BYTES, MAX_ROWS, SendBuffer
+from commandbus._ids import new_id
+from commandbus._send_buffer import MAX_ROWS, SendBuffer
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
@@ -99,9 +100,11 @@ class CommandBus:
         """Let the sends that are under way end, then close the connections. Closing twice is allowed."""
         if self._loop is not None and not self._closed:
             self._closed = True
-            await self._buffer.drain()
-            self._hints.close()
-            await self._database.close()
+            try:
+                await self._buffer.drain()
+            finally:
+                self._hints.close()
+                await self._database.close()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -215,7 +218,7 @@ class CommandBus:
     def _outgoing(self, request: SendRequest) -> Outgoing:
         headers = dict(request.headers or {})
         self.tracing.inject(headers)
-        return _calls.outgoing(request, headers)
+        return _calls.outgoing(request, headers, new_id())
 
     async def _send_durably(self, chunk: list[Outgoing]) -> list[str]:
         """Send a chunk; when its connection breaks, send the same ids again until the time is up."""

@@ -9,6 +9,9 @@ from datetime import timedelta
 
 from commandbus.errors import ConfigurationError
 
+_MAX_ATTEMPTS = 1_000_000
+_MAX_WAIT = timedelta(days=365)
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
@@ -24,10 +27,10 @@ class RetryPolicy:
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
-            raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be at least 1")
-        if not self.backoff or any(wait < timedelta(0) for wait in self.backoff):
-            raise ConfigurationError("backoff must name at least one wait, and none below zero")
+        if not 1 <= self.max_attempts <= _MAX_ATTEMPTS:
+            raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be 1 to {_MAX_ATTEMPTS:,}")
+        if not self.backoff or not all(timedelta(0) <= wait <= _MAX_WAIT for wait in self.backoff):
+            raise ConfigurationError(f"backoff must name at least one wait, each 0 to {_MAX_WAIT.days} days")
         if not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"jitter is {self.jitter}: it must be between 0 and 1")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -55,6 +56,8 @@ class Claimer:
         self._sweep_seconds = lease.total_seconds() / 6
         self._start = start
         self._idle = idle
+        self._patience = lease.total_seconds()
+        self._alone_at = 0.0
         self._woken = asyncio.Event()
         self._stopping = False
 
@@ -99,7 +102,7 @@ class Claimer:
                 continue
             claim = await self._claim(lane, free)
             found += len(claim.commands)
-            if claim.alone_waiting and not self._stopping:
+            if claim.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
                 found += await self._run_alone(lane)
         return found
 
@@ -122,23 +125,32 @@ class Claimer:
         return claim
 
     async def _run_alone(self, lane: Lane) -> int:
-        """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along."""
-        await self._wait_until_idle()
-        if self._stopping:
+        """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along.
+
+        When the running handlers do not end in time, claiming goes on for as long, and the next try is more patient.
+        """
+        if not await self._idle_within(self._patience):
+            self._alone_at = time.monotonic() + self._patience
+            self._patience *= 2
             return 0
+        self._patience = self._lease.total_seconds()
         asked_at = time.monotonic()
         claim = await self._database.run(
             _calls.claim(lane.domain, lane.trail.whole(), 1, self._worker, self._lease, alone=True)
         )
         if claim.commands:
             self._start(claim.commands, asked_at)
-            await self._wait_until_idle()
+            await self._idle_within(None)
         return len(claim.commands)
 
-    async def _wait_until_idle(self) -> None:
-        while not (self._idle() or self._stopping):
-            self._woken.clear()
-            await self._woken.wait()
+    async def _idle_within(self, seconds: float | None) -> bool:
+        """Wait until no lease is held; False when that takes too long, or the worker stops."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not (self._idle() or self._stopping):
+                    self._woken.clear()
+                    await self._woken.wait()
+        return self._idle() and not self._stopping
 
     def _next(self, pause: float) -> float:
         """Return how long to sleep: the pause, or less when a command is due or a scan is."""
@@ -149,11 +161,10 @@ class Claimer:
 
     async def _sleep(self, seconds: float) -> bool:
         """Sleep, or less when woken; whether that was so."""
-        try:
-            await asyncio.wait_for(self._woken.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):  # not wait_for: in Python 3.11 it can swallow a cancellation
+                return await self._woken.wait()
+        return False
 
 
 def _by_place(command: Claimed) -> int:

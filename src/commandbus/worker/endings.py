@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
+from commandbus._calls import MAX_BYTES
 from commandbus.errors import BusinessRuleError, CommandError, PermanentCommandError
 from commandbus.handlers import Handler
 from commandbus.model import Json
@@ -48,11 +49,15 @@ Ending: TypeAlias = Completed | Failed | Released | Recorded
 
 
 def completed(result: Json, handler: Handler, attempt: int) -> Completed | Failed:
-    """Return the ending of a handler that returned this; a result that is not JSON is a permanent failure."""
+    """Return the ending of a handler that returned this. A result that cannot be kept is a permanent failure."""
     try:
-        return Completed(json.dumps(result, allow_nan=False, separators=(",", ":")))
+        text = json.dumps(result, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         return failed(PermanentCommandError("RESULT_NOT_JSON", str(error)), handler, attempt)
+    if len(text) > MAX_BYTES:
+        reason = f"the result has {len(text):,} bytes: at most {MAX_BYTES:,} are kept"
+        return failed(PermanentCommandError("RESULT_TOO_LARGE", reason), handler, attempt)
+    return Completed(text)
 
 
 def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:

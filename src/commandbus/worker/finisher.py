@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import psycopg
 
 from commandbus import _calls
-from commandbus._calls import Answers, Call
+from commandbus._calls import MAX_BYTES, Answers, Call
 from commandbus._database import Database, brief, is_refusal
 from commandbus.errors import CommandBusError
 from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, refused
@@ -67,8 +67,8 @@ class Finisher:
             else:
                 groups[lease.claimed.domain, type(ending)].append((lease, ending))
         for (domain, _), outcomes in groups.items():
-            for start in range(0, len(outcomes), MAX_BATCH):
-                await self._record(domain, outcomes[start : start + MAX_BATCH])
+            for part in _parts(outcomes):
+                await self._record(domain, part)
 
     async def _record(self, domain: str, outcomes: list[Outcome]) -> None:
         try:
@@ -121,6 +121,20 @@ class Finisher:
         self._freed()
         if self._closing:
             self._arrived.set()
+
+
+def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
+    """Cut into what one statement carries: 500 outcomes, about 1 MiB of results."""
+    part: list[Outcome] = []
+    size = 0
+    for outcome in outcomes:
+        part.append(outcome)
+        size += len(outcome[1].result) if isinstance(outcome[1], Completed) else 0
+        if len(part) >= MAX_BATCH or size >= MAX_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def _call(domain: str, outcomes: Sequence[Outcome]) -> Call[Answers]:

@@ -8,6 +8,7 @@ is what protects then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -29,12 +30,22 @@ _BUSY_PAUSE = 0.05
 
 
 class Renewer:
-    """Renews every third of the lease; `lost` is called in its thread for a lease that cannot be trusted any more."""
+    """Renews every third of the lease.
 
-    def __init__(self, database: Database, leases: Leases, lost: Callable[[Lease], None]) -> None:
+    In its thread it calls `lost` for a lease that cannot be trusted any more, and `failed` should it break down.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        leases: Leases,
+        lost: Callable[[Lease], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
         self._database = database
         self._leases = leases
         self._lost = lost
+        self._failed = failed
         self._thread = threading.Thread(target=self._serve, name=f"{leases.worker}-renewer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
@@ -44,22 +55,24 @@ class Renewer:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self, seconds: float) -> None:
-        """Ask the thread to end, and wait so long for it."""
+    def ask_to_stop(self) -> None:
+        """Ask the thread to end; does not wait."""
         self._stop.set()
         if self._loop is not None:
-            self._wake(self._loop)
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
+                self._loop.call_soon_threadsafe(self._stopped.set)
+
+    def stop(self, seconds: float) -> None:
+        """Ask the thread to end, and wait so long for it."""
+        self.ask_to_stop()
         self._thread.join(seconds)
 
-    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        try:
-            loop.call_soon_threadsafe(self._stopped.set)
-        except RuntimeError:
-            return  # the loop has ended already
-
     def _serve(self) -> None:
-        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(self._run())
+        try:
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+                runner.run(self._run())
+        except BaseException as error:  # noqa: BLE001 - without renewals the worker must not go on
+            self._failed(error)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -85,11 +98,9 @@ class Renewer:
         interval = self._leases.duration.total_seconds() / 3
         pause = interval
         while not self._stop.is_set():
-            try:
-                await asyncio.wait_for(self._stopped.wait(), pause)
-            except TimeoutError:
-                pass
-            else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._stopped.wait()
                 break
             try:
                 if len(self._leases):

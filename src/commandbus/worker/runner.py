@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost
+from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost, is_refusal
 from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.handlers import HandlerContext
 from commandbus.model import Command, Json
@@ -22,7 +23,6 @@ from commandbus.worker.threads import HandlerThreads
 
 logger = logging.getLogger("commandbus.worker")
 
-_TRANSACTION = _calls.Call("SELECT pg_current_xact_id()::text", (), lambda rows: str(rows[0][0]))
 _BUSY_TRIES = 40  # at 50 ms
 
 
@@ -71,41 +71,59 @@ class Runner:
         await self.wait(CALL_SECONDS)
 
     async def _run(self, lease: Lease) -> None:
-        ending: Ending = Released()
         try:
             ending = await self._ending(lease)
         except asyncio.CancelledError:
             # Not passed on: only this worker cancels these tasks, when a lease is lost or the grace is over.
             ending = Recorded() if lease.lost else Released()
-        finally:
-            lease.end()
-            self.running -= 1
-            self.in_threads -= lease.handler.blocking
-            self._finish(lease, ending)
-            self._freed()
+        lease.end()
+        self.running -= 1
+        self.in_threads -= lease.handler.blocking
+        self._finish(lease, ending)
+        self._freed()
 
     async def _ending(self, lease: Lease) -> Ending:
+        """Run the handler; whatever happens is an ending, but for a cancellation from outside."""
         handler, attempt = lease.handler, lease.claimed.attempts + 1
         try:
             command = lease.claimed.command(self._worker)
         except (ValueError, RecursionError) as error:
             return refused(f"the data cannot be read: {error}", handler)
-        try:
-            with self._tracing.activate(command.headers):
+        with self._under_trace(command, lease):
+            try:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
                 return completed(await self._call(lease, HandlerContext(command, lease)), handler, attempt)
-        except (CommandError, TimeoutError) as error:
-            logger.info("the handler failed: %s", type(error).__name__, extra=lease.log_extra(self._worker))
-            return failed(error, handler, attempt)
-        except asyncio.CancelledError:
-            if lease.cancelled or _is_cancelling():
-                raise
-            return failed(TransientCommandError("CANCELLED", "the handler was cancelled from inside"), handler, attempt)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - every ending of a handler is told
-            # The message stays with the command: it may quote the payload.
-            logger.warning("the handler raised %s", type(error).__name__, extra=lease.log_extra(self._worker))
-            return failed(error, handler, attempt)
+            except (CommandError, TimeoutError) as error:
+                logger.info("the handler failed: %s", type(error).__name__, extra=lease.log_extra(self._worker))
+                return failed(error, handler, attempt)
+            except asyncio.CancelledError:
+                if lease.cancelled or _is_cancelling():
+                    raise
+                return failed(TransientCommandError("CANCELLED", "cancelled from inside"), handler, attempt)
+            except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
+                # The message stays with the command: it may quote the payload.
+                logger.warning("the handler raised %s", type(error).__name__, extra=lease.log_extra(self._worker))
+                return failed(error, handler, attempt)
+
+    @contextlib.contextmanager
+    def _under_trace(self, command: Command, lease: Lease) -> Iterator[None]:
+        """Make the sender's trace context current. A hook that fails, or eats exceptions, changes no ending."""
+        trace = None
+        try:
+            trace = self._tracing.activate(command.headers)
+            trace.__enter__()
+        except Exception:
+            logger.exception("the tracing hook failed", extra=lease.log_extra(self._worker))
+            trace = None
+        try:
+            yield
+        finally:
+            try:
+                if trace is not None:
+                    trace.__exit__(None, None, None)
+            except Exception:
+                logger.exception("the tracing hook failed", extra=lease.log_extra(self._worker))
 
     async def _call(self, lease: Lease, context: HandlerContext) -> Json:
         """Call the handler, bounded by its timeout."""
@@ -173,15 +191,15 @@ class Runner:
         ended = False
         try:
             async with (
-                self._transactions.connection(for_user_code=True) as connection,
+                self._transactions.connection() as connection,
                 connection.transaction(),
             ):
-                before = await execute(connection, _TRANSACTION, CALL_SECONDS)
+                before = await execute(connection, _calls.transaction(), CALL_SECONDS)
                 result = await self._call(lease, HandlerContext(command, lease, connection))
                 ending = completed(result, lease.handler, command.attempts + 1)
                 if not isinstance(ending, Completed):
                     raise PermanentCommandError("RESULT_NOT_JSON", "the result cannot be written as JSON")
-                if before != await execute(connection, _TRANSACTION, CALL_SECONDS):
+                if before != await execute(connection, _calls.transaction(last=True), CALL_SECONDS):
                     raise PermanentCommandError(
                         "TRANSACTION_ENDED",
                         "the handler ended the transaction by itself: what it wrote may be committed",
@@ -206,7 +224,9 @@ class Runner:
         for _ in range(_BUSY_TRIES):
             try:
                 answers = await execute(connection, _calls.complete(lease.claimed.domain, [item]), CALL_SECONDS)
-            except psycopg.DataError as error:
+            except psycopg.Error as error:
+                if not is_refusal(error):
+                    raise
                 raise PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {brief(error)}") from None
             match answers[lease.claimed.command_id]:
                 case "done":

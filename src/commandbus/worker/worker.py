@@ -7,33 +7,30 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
-import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import timedelta
+from typing import Any
 
-import psycopg
-
-from commandbus import _queries
 from commandbus._calls import Claimed
-from commandbus._database import Database, brief
+from commandbus._database import Database
 from commandbus.bus import CommandBus
-from commandbus.errors import CommandBusError, ConfigurationError
+from commandbus.errors import ConfigurationError
 from commandbus.handlers import Handler, HandlerRegistry
 from commandbus.worker.claimer import Claimer, Lane
 from commandbus.worker.finisher import Finisher
+from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.leases import Lease, Leases
 from commandbus.worker.listener import Listener
 from commandbus.worker.renewer import Renewer
 from commandbus.worker.runner import Runner
+from commandbus.worker.signals import stopping_on_signals
 from commandbus.worker.threads import HandlerThreads, pool_size
 
 logger = logging.getLogger("commandbus.worker")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RECORD_SECONDS = 10.0
-_HOUSEKEEPING_SECONDS = 600.0
+_RENEWER_SECONDS = 2.0
 
 
 class Worker:
@@ -78,6 +75,7 @@ class Worker:
         self._ran = False
         self._stops = 0
         self._hurry = asyncio.Event()
+        self._failure: BaseException | None = None
 
     async def run(self) -> None:
         """Work until `stop()`, SIGTERM or SIGINT; then let running handlers finish within the grace, and return.
@@ -92,7 +90,7 @@ class Worker:
         async with self._transactions(database) as transactions:
             self._compose(database, transactions)
             self._loop = asyncio.get_running_loop()
-            with self._signals():
+            with stopping_on_signals(self.stop):
                 logger.info(
                     "worker %s starts: domains %s, concurrency %d, threads %d",
                     self.name,
@@ -141,7 +139,7 @@ class Worker:
             start=self._start,
             idle=lambda: not len(self._leases),
         )
-        self._renewer = Renewer(database, self._leases, self._lose)
+        self._renewer = Renewer(database, self._leases, self._lose, self._fail_from_thread)
 
     def _lanes(self) -> list[Lane]:
         """One lane for each domain and kind of slot: loop, thread, transaction."""
@@ -167,7 +165,7 @@ class Worker:
         if not any(handler.transactional for handler in self._handlers):
             yield None
             return
-        transactions = database.with_connections(self._transactional_connections)
+        transactions = database.for_user_code(self._transactional_connections)
         await transactions.open()
         try:
             yield transactions
@@ -178,18 +176,42 @@ class Worker:
 
     async def _work(self, database: Database) -> None:
         self._renewer.start()
-        finishing = asyncio.create_task(self._finisher.run())
-        helpers = [asyncio.create_task(self._keep_house(database))]
+        finishing = self._watch(self._finisher.run())
+        helpers = [self._watch(Housekeeper(database).run())]
         if not database.transaction_pooler:
             listener = Listener(database, self.domains, self.name, self._claimer.wake)
-            helpers.append(asyncio.create_task(listener.run()))
+            helpers.append(self._watch(listener.run()))
         if self._stops:
             self._claimer.stop()
         try:
-            await self._claimer.run()
-            await self._wait_for_handlers()
-        finally:
-            await self._wind_up(finishing, helpers)
+            try:
+                await self._claimer.run()
+                await self._wait_for_handlers()
+            finally:
+                await self._wind_up(finishing, helpers)
+        finally:  # also when the winding up is cancelled: what is left runs out by itself
+            self._renewer.ask_to_stop()
+            for task in (finishing, *helpers):
+                task.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    def _watch(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a helper; should it die, the worker stops, and `run` raises why."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(error)
+
+        task = asyncio.get_running_loop().create_task(coroutine)
+        task.add_done_callback(ended)
+        return task
+
+    def _fail(self, error: BaseException) -> None:
+        logger.critical("a part of worker %s has failed: it stops", self.name, exc_info=error)
+        self._failure = self._failure or error
+        self._claimer.stop()
+        self._hurry.set()
 
     async def _wait_for_handlers(self) -> None:
         """Wait for the running handlers, until the grace is over or a second stop asks to hurry."""
@@ -210,7 +232,12 @@ class Worker:
             finishing.cancel()
         await asyncio.gather(finishing, *helpers, return_exceptions=True)
         self._threads.close()
-        await asyncio.to_thread(self._renewer.stop, 2.0)
+        await asyncio.to_thread(self._renewer.stop, _RENEWER_SECONDS)
+
+    def _fail_from_thread(self, error: BaseException) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._fail, error)
 
     def _start(self, commands: list[Claimed], asked_at: float) -> None:
         deadline = self._leases.deadline(asked_at)
@@ -234,37 +261,6 @@ class Worker:
         if self._loop is not None and lease.task is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(lease.task.cancel)
-
-    async def _keep_house(self, database: Database) -> None:
-        """Make partitions ahead and drop those whose retention is over."""
-        while True:
-            pause = _HOUSEKEEPING_SECONDS
-            try:
-                await database.run(_queries.make_partitions())
-                for week, blocked_by in await database.run(_queries.drop_expired()):
-                    if blocked_by is None:
-                        logger.info("the finished commands of %s were dropped: their retention is over", week)
-                    else:
-                        logger.warning("history of %s cannot be dropped: sessions %s hold it", week, blocked_by)
-                        pause = _HOUSEKEEPING_SECONDS / 10
-            except (CommandBusError, psycopg.Error) as error:
-                logger.warning("housekeeping is put off: %s", brief(error))
-            await asyncio.sleep(pause)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT stop this worker, and afterwards do what they did before."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number in _SIGNALS:
-            signal.signal(number, lambda *_: self.stop())
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _kind(handler: Handler) -> str:

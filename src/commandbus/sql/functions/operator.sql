@@ -1,5 +1,5 @@
 -- The verbs of people and of the application, one command a call. Each is one conditional step: of two rivals one
--- wins, and the other is told so. Locks: the row, waited for; then its events.
+-- wins, and the other is told so. Locks: the row, waited for up to 5 s; then its events.
 -- The three of the operator raise CB001 for an operator without a name; all raise CB002 no such command, CB003 its status does not allow it; nothing is
 -- written then.
 
@@ -26,6 +26,9 @@ BEGIN
             USING ERRCODE = 'CB003', HINT = 'Another verb won. Read the command and decide anew.';
     END IF;
     RETURN v_command;
+EXCEPTION WHEN lock_not_available THEN
+    RAISE EXCEPTION 'command % is locked by another transaction: cannot % it', p_command_id, p_verb
+        USING ERRCODE = 'CB003', HINT = 'Nothing was written; try again when that transaction has ended.';
 END $$;
 
 -- _tell: the audit event of an operator's or the application's action on a command that _take has locked.
@@ -66,7 +69,7 @@ END $$;
 CREATE OR REPLACE FUNCTION commandbus.cancel_v1(p_domain text, p_command_id uuid, p_operator text, p_reason text)
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'cancel',
@@ -78,7 +81,7 @@ END $$;
 CREATE OR REPLACE FUNCTION commandbus.operator_cancel_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'cancel', '{IN_TROUBLESHOOTING_QUEUE}'),
@@ -89,7 +92,7 @@ END $$;
 CREATE OR REPLACE FUNCTION commandbus.operator_complete_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_result text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'complete', '{IN_TROUBLESHOOTING_QUEUE}'),
@@ -101,7 +104,7 @@ END $$;
 CREATE OR REPLACE FUNCTION commandbus.operator_retry_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_data text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 DECLARE
     v_command commandbus.command := commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}');
     v_data    jsonb := p_data;

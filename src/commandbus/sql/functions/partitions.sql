@@ -4,12 +4,13 @@
 -- Locks, only when the week is missing: SHARE UPDATE EXCLUSIVE on the two parents. ATTACH takes it, and lets sends and
 -- completions pass, which CREATE ... PARTITION OF would not. Not an advisory lock: taking one does not make this session
 -- see that a rival has made the table meanwhile.
--- A week is 168 hours: '7 days' would follow the session's time zone through a change of clocks.
+-- Weeks begin and end in UTC, whatever the session's time zone and date style are.
 CREATE OR REPLACE FUNCTION commandbus._make_partition(p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    v_week   timestamptz := date_trunc('week', p_at, 'UTC');
-    v_suffix text := to_char(v_week AT TIME ZONE 'UTC', 'IYYY"w"IW');
+    v_week   timestamp := date_trunc('week', p_at AT TIME ZONE 'UTC');
+    v_suffix text := to_char(v_week, 'IYYY"w"IW');
+    v_iso    CONSTANT text := 'YYYY-MM-DD HH24:MI:SS"+00"';
     v_table  text;
 BEGIN
     IF to_regclass('commandbus.audit_history_' || v_suffix) IS NOT NULL THEN
@@ -23,7 +24,7 @@ BEGIN
         EXECUTE format('CREATE TABLE commandbus.%I (LIKE commandbus.%I INCLUDING ALL)',
                        v_table || '_' || v_suffix, v_table);
         EXECUTE format('ALTER TABLE commandbus.%I ATTACH PARTITION commandbus.%I FOR VALUES FROM (%L) TO (%L)',
-                       v_table, v_table || '_' || v_suffix, v_week, v_week + interval '168 hours');
+                       v_table, v_table || '_' || v_suffix, to_char(v_week, v_iso), to_char(v_week + interval '7 days', v_iso));
     END LOOP;
 END $$;
 

@@ -93,7 +93,8 @@ class Database:
             # Nor does it take options.
             return {"autocommit": True, "prepare_threshold": None}
         given = conninfo_to_dict(self._conninfo).get("options") or ""
-        return {"autocommit": True, "prepare_threshold": 0, "options": f"{given} {_OPTIONS}".strip()}
+        threshold = 5 if self._for_user_code else 0  # psycopg's own default, and ours: we say the same few things
+        return {"autocommit": True, "prepare_threshold": threshold, "options": f"{given} {_OPTIONS}".strip()}
 
     def for_user_code(self, connections: int) -> Database:
         """Return another pool to the same database, not open yet, whose connections handlers may hold.

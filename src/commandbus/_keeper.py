@@ -184,7 +184,7 @@ class Server:
             if strangers := [str(pid) for pid in _processes() if self._lives_here(pid)]:
                 sys.exit(f"a server that was not started by commandbus uses {self.data}: {' '.join(strangers)}")
             (self.data / "postmaster.pid").unlink(missing_ok=True)
-        for name in (SERVER_SOCKET, f"{SERVER_SOCKET}.lock"):
+        for name in (CONTROL_SOCKET, SERVER_SOCKET, f"{SERVER_SOCKET}.lock"):
             (self.run / name).unlink(missing_ok=True)
 
     def _lives_here(self, pid: int) -> bool:
@@ -232,8 +232,13 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
             self.reap()
-        if self.copy:
-            shutil.rmtree(self.copy, ignore_errors=True)
+
+    def remove_traces(self) -> None:
+        """Remove what is no longer of use, above all what lies outside of our folder."""
+        (self.run / CONTROL_SOCKET).unlink(missing_ok=True)
+        for folder in (self.copy, self.run.parent if self.run.parent != self.data.parent else None):
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _enter_namespace(uid: int, gid: int) -> None:
@@ -332,17 +337,18 @@ def main(argv: Sequence[str]) -> None:
     os.set_inheritable(lock, True)
     home, run, bin_dir = map(Path, argv[3:6])
     server = Server(home, run, bin_dir)
-    server.prepare()
-    control = run / CONTROL_SOCKET
-    control.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.settimeout(0)
-    listener.bind(str(control))
-    listener.listen(128)
-    server.start(argv[6:])
-    waiting = _serve(server, listener, first)  # noqa: F841 - held open until the very end
-    listener.close()
-    server.stop()
+    try:
+        server.prepare()
+        listener = socket.socket(socket.AF_UNIX)
+        listener.settimeout(0)
+        listener.bind(str(run / CONTROL_SOCKET))
+        listener.listen(128)
+        server.start(argv[6:])
+        waiting = _serve(server, listener, first)  # noqa: F841 - held open until the very end
+        listener.close()
+    finally:
+        server.stop()
+        server.remove_traces()
     os.close(lock)
     os._exit(0)  # the kernel hangs up on those who wait when nothing else of this process is left
 

@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import psycopg
 
 from commandbus.errors import ConfigurationError, LeaseLostError
 from commandbus.model import Command, Json
 from commandbus.policy import RetryPolicy
+
+if TYPE_CHECKING:
+    from commandbus.bus import CommandBus
 
 
 class _Lease(Protocol):
@@ -26,21 +29,24 @@ class HandlerContext:
     """What a handler is told besides its command.
 
     `delivery` counts the claims of this command and never goes back: use it as fencing token in other systems, with
-    `command.command_id` as idempotency key. `attempt` is the number of this attempt, from 1. `connection` is, in a
-    transactional handler, the open transaction that the completion will join; otherwise None.
+    `command.command_id` as idempotency key. `attempt` is the number of this attempt, from 1. `bus` is the worker's, to
+    send what comes next. `connection` is, in a transactional handler, the open transaction that the completion will
+    join, also for `bus.send(..., connection=context.connection)`; otherwise None.
     """
 
-    __slots__ = ("_lease", "attempt", "command", "connection", "delivery")
+    __slots__ = ("_lease", "attempt", "bus", "command", "connection", "delivery")
 
     def __init__(
         self,
         command: Command,
         lease: _Lease,
+        bus: CommandBus,
         connection: psycopg.AsyncConnection | None = None,
     ) -> None:
         self.command = command
         self.delivery = command.delivery
         self.attempt = command.attempts + 1
+        self.bus = bus
         self.connection = connection
         self._lease = lease
 

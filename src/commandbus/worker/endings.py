@@ -7,6 +7,7 @@ import re
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeAlias
 
 from commandbus._calls import MAX_BYTES
@@ -15,6 +16,7 @@ from commandbus.handlers import Handler
 from commandbus.model import Json
 
 MAX_TEXT = 4096
+_OURS = str(Path(__file__).parents[1])
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -94,8 +96,9 @@ def storable(value: object) -> str:
 
 
 def _traceback(error: BaseException) -> str:
-    """Return the end of the traceback: where it happened."""
-    return "".join(traceback.format_tb(error.__traceback__))[-MAX_TEXT // 2 :]
+    """Return where it happened: the frames of the user's code, the end of them."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
+    return "".join(traceback.format_list(frames))[-MAX_TEXT // 2 :]
 
 
 def _error_text(code: object, message: object, details: Json) -> str:

@@ -13,10 +13,10 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost, is_refusal
+from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.handlers import HandlerContext
 from commandbus.model import Command, Json
-from commandbus.tracing import Tracing
 from commandbus.worker.endings import Completed, Ending, Recorded, Released, completed, failed, refused
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
@@ -33,7 +33,7 @@ class Runner:
         self,
         *,
         worker: str,
-        tracing: Tracing,
+        bus: CommandBus,
         threads: HandlerThreads,
         transactions: Database | None,
         finish: Callable[[Lease, Ending], None],
@@ -42,7 +42,7 @@ class Runner:
         self.running = 0
         self.in_threads = 0  # handlers that have a thread or are about to, and those given up that still run
         self._worker = worker
-        self._tracing = tracing
+        self._bus = bus
         self._threads = threads
         self._transactions = transactions
         self._finish = finish
@@ -93,7 +93,7 @@ class Runner:
             try:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
-                return completed(await self._call(lease, HandlerContext(command, lease)), handler, attempt)
+                return completed(await self._call(lease, HandlerContext(command, lease, self._bus)), handler, attempt)
             except (CommandError, TimeoutError) as error:
                 logger.info("the handler failed: %s", type(error).__name__, extra=lease.log_extra(self._worker))
                 return failed(error, handler, attempt)
@@ -111,7 +111,7 @@ class Runner:
         """Make the sender's trace context current. A hook that fails, or eats exceptions, changes no ending."""
         trace = None
         try:
-            trace = self._tracing.activate(command.headers)
+            trace = self._bus.tracing.activate(command.headers)
             trace.__enter__()
         except Exception:
             logger.exception("the tracing hook failed", extra=lease.log_extra(self._worker))
@@ -195,7 +195,7 @@ class Runner:
                 connection.transaction(),
             ):
                 before = await execute(connection, _calls.transaction(), CALL_SECONDS)
-                result = await self._call(lease, HandlerContext(command, lease, connection))
+                result = await self._call(lease, HandlerContext(command, lease, self._bus, connection))
                 ending = completed(result, lease.handler, command.attempts + 1)
                 if not isinstance(ending, Completed):
                     raise PermanentCommandError("RESULT_NOT_JSON", "the result cannot be written as JSON")

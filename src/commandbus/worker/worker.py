@@ -125,7 +125,7 @@ class Worker:
         self._finisher = Finisher(database, self._leases, self._freed)
         self._runner = Runner(
             worker=self.name,
-            tracing=self._bus.tracing,
+            bus=self._bus,
             threads=self._threads,
             transactions=transactions,
             finish=self._finisher.put,

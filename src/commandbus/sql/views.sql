@@ -39,11 +39,13 @@ WITH command AS (
            h.claimed_at, h.worker, h.sent_at, h.not_before, h.finished_at, h.error
     FROM commandbus.command_history h
 ), event AS (
-    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery, e.attempt, e.worker, e.claimed_at,
+    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery,
+           e.attempt, e.worker, e.claimed_at,
            e.lease_token, e.operator, e.reason, e.error, e.details
     FROM commandbus.audit_event e
     UNION ALL
-    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery, e.attempt, e.worker, e.claimed_at,
+    SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery,
+           e.attempt, e.worker, e.claimed_at,
            e.lease_token, e.operator, e.reason, e.error, e.details
     FROM commandbus.audit_history e
 )

@@ -5,7 +5,8 @@
 -- renew_v1: the leases last p_lease seconds from now. IN_PROGRESS stays; a HOT update.
 CREATE OR REPLACE FUNCTION commandbus.renew_v1(p_domain text, p_items text, p_lease double precision)
 RETURNS TABLE (command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_held tid[] := commandbus._hold(p_domain, p_items::json);
@@ -22,7 +23,8 @@ END $$;
 -- complete_v1: the handler is done; result is kept. IN_PROGRESS -> COMPLETED. Calling again answers done again.
 CREATE OR REPLACE FUNCTION commandbus.complete_v1(p_domain text, p_items text)
 RETURNS TABLE (command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_held tid[] := commandbus._hold(p_domain, p_items::json);
@@ -37,7 +39,8 @@ END $$;
 -- or -> IN_TROUBLESHOOTING_QUEUE when attempts are used up.
 CREATE OR REPLACE FUNCTION commandbus.fail_v1(p_domain text, p_items text)
 RETURNS TABLE (command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_now   timestamptz := commandbus.clock();
@@ -83,7 +86,8 @@ END $$;
 -- IN_PROGRESS -> PENDING, at the end of the line; a command that crashed twice waits alone again.
 CREATE OR REPLACE FUNCTION commandbus.release_v1(p_domain text, p_items text)
 RETURNS TABLE (command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_now  timestamptz := commandbus.clock();

@@ -1,7 +1,7 @@
 -- The verbs of people and of the application, one command a call. Each is one conditional step: of two rivals one
 -- wins, and the other is told so. Locks: the row, waited for up to 5 s; then its events.
--- The three of the operator raise CB001 for an operator without a name; all raise CB002 no such command, CB003 its status does not allow it; nothing is
--- written then.
+-- The three of the operator raise CB001 for an operator without a name; all raise CB002 no such command, CB003 its
+-- status does not allow it or somebody keeps it locked; nothing is written then.
 
 -- _take: locks the command, if its status is one of p_from.
 CREATE OR REPLACE FUNCTION commandbus._take(p_domain text, p_command_id uuid, p_verb text, p_from text[])
@@ -68,7 +68,8 @@ END $$;
 -- cancel_v1: the command is not wanted any more. Any unfinished -> CANCELED; a running one loses its lease.
 CREATE OR REPLACE FUNCTION commandbus.cancel_v1(p_domain text, p_command_id uuid, p_operator text, p_reason text)
 RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
@@ -80,7 +81,8 @@ END $$;
 -- operator_cancel_v1: IN_TROUBLESHOOTING_QUEUE -> CANCELED.
 CREATE OR REPLACE FUNCTION commandbus.operator_cancel_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
@@ -91,7 +93,8 @@ END $$;
 -- operator_complete_v1: the operator has done the work by hand. IN_TROUBLESHOOTING_QUEUE -> COMPLETED, with p_result.
 CREATE OR REPLACE FUNCTION commandbus.operator_complete_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_result text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 BEGIN
     PERFORM commandbus._end(
@@ -103,7 +106,8 @@ END $$;
 -- IN_TROUBLESHOOTING_QUEUE -> PENDING. The audit event keeps the old and the new data.
 CREATE OR REPLACE FUNCTION commandbus.operator_retry_v1(
     p_domain text, p_command_id uuid, p_operator text, p_reason text, p_data text DEFAULT NULL) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 DECLARE
     v_command commandbus.command := commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}');

@@ -2,8 +2,8 @@
 
 -- _make_partition: makes sure that the week of this moment exists in both history tables.
 -- Locks, only when the week is missing: SHARE UPDATE EXCLUSIVE on the two parents. ATTACH takes it, and lets sends and
--- completions pass, which CREATE ... PARTITION OF would not. Not an advisory lock: taking one does not make this session
--- see that a rival has made the table meanwhile.
+-- completions pass, which CREATE ... PARTITION OF would not. It is no advisory lock, since taking one does not make
+-- this session see that a rival has made the table meanwhile.
 -- Weeks begin and end in UTC, whatever the session's time zone and date style are.
 CREATE OR REPLACE FUNCTION commandbus._make_partition(p_at timestamptz) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -24,7 +24,8 @@ BEGIN
         EXECUTE format('CREATE TABLE commandbus.%I (LIKE commandbus.%I INCLUDING ALL)',
                        v_table || '_' || v_suffix, v_table);
         EXECUTE format('ALTER TABLE commandbus.%I ATTACH PARTITION commandbus.%I FOR VALUES FROM (%L) TO (%L)',
-                       v_table, v_table || '_' || v_suffix, to_char(v_week, v_iso), to_char(v_week + interval '7 days', v_iso));
+                       v_table, v_table || '_' || v_suffix,
+                       to_char(v_week, v_iso), to_char(v_week + interval '7 days', v_iso));
     END LOOP;
 END $$;
 

@@ -12,7 +12,8 @@
 -- at READ COMMITTED: at REPEATABLE READ the same code accepted an id twice.
 CREATE OR REPLACE FUNCTION commandbus.send_v1(p_commands text, p_lock_timeout integer DEFAULT NULL)
 RETURNS TABLE (ordinal integer, command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET plan_cache_mode = force_generic_plan
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
 DECLARE
@@ -30,7 +31,8 @@ BEGIN
                    coalesce(g.data, 'null') AS data,
                    coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
                    coalesce(g.priority, 0::smallint) AS priority, coalesce(g.own_id, false) AS own_id,
-                   CASE WHEN g.delay BETWEEN 0 AND v_longest THEN v_now + make_interval(secs => g.delay) END AS not_before,
+                   CASE WHEN g.delay BETWEEN 0 AND v_longest
+                        THEN v_now + make_interval(secs => g.delay) END AS not_before,
                    CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'
                         WHEN g.command_type ~ v_name IS NOT TRUE THEN 'command_type'
                         WHEN jsonb_typeof(g.headers) <> 'object' THEN 'headers'

@@ -51,9 +51,7 @@ class Write(NamedTuple):
 def table_names(migrations: list[str]) -> frozenset[str]:
     """The names, without schema, of the tables that these migrations create."""
     return frozenset(
-        found["table"].strip('"').lower()
-        for text in migrations
-        for found in _CREATE.finditer(_without_comments(text))
+        found["table"].strip('"').lower() for text in migrations for found in _CREATE.finditer(_without_comments(text))
     )
 
 

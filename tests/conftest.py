@@ -52,9 +52,7 @@ def template(server: EmbeddedPostgres) -> str:
         admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         migrate(server.dsn(name))
         admin.execute(
-            sql.SQL("alter database {} with is_template true allow_connections false").format(
-                sql.Identifier(name)
-            )
+            sql.SQL("alter database {} with is_template true allow_connections false").format(sql.Identifier(name))
         )
     return name
 
@@ -99,9 +97,7 @@ def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:
 
 def _fresh_database(admin: psycopg.Connection, server: EmbeddedPostgres, template: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
-    admin.execute(
-        sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
-    )
+    admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
     yield server.dsn(name)
     # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
     eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")

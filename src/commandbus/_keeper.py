@@ -1,7 +1,7 @@
 """The keeper: the small process that is the parent of one private PostgreSQL server.
 
-`embedded.py` runs this file with `python -I -S`; it imports the standard library only and is up in about
-20 ms. It inherits two descriptors:
+`embedded.py` runs this file with `python -I -S`, so it can import the standard library only, and is up at
+once. It inherits two descriptors:
 
 - the *seat* of the process that started it. Every user of the server holds such a connection and never
   writes to it. The kernel closes it at the user's death, whatever the death was; when the last one is gone
@@ -154,28 +154,29 @@ class Server:
         self.account.own(self.run)
         if self.data.is_dir():
             self.account.own(self.data)
-            self._clear()
-            return
+            self._clear_data()
+        else:
+            self._make_data()
+        for name in (CONTROL_SOCKET, SERVER_SOCKET, f"{SERVER_SOCKET}.lock"):
+            (self.run / name).unlink(missing_ok=True)
+
+    def _make_data(self) -> None:
         new = self.data.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         self.account.own(new)
-        argv = [
-            str(self.bin_dir / "initdb"),
-            "-D",
-            self.account.path_to(new),
-            "-U",
-            "postgres",
-            "--auth=trust",
-        ]
-        argv += ["--encoding=UTF8", "--no-locale", "--data-checksums", "--no-instructions"]
+        argv = [str(self.bin_dir / "initdb"), "-D", self.account.path_to(new), "-U", "postgres"]
+        argv += ["--auth=trust", "--encoding=UTF8", "--no-locale", "--data-checksums", "--no-instructions"]
         initdb = self.account.spawn(argv, signal.SIGKILL)
         if os.waitpid(initdb, 0)[1] != 0:
             sys.exit("initdb failed")
         new.rename(self.data)
+        home = os.open(self.data.parent, os.O_RDONLY)
+        os.fsync(home)  # initdb has written all but this name through to the disk
+        os.close(home)
 
-    def _clear(self) -> None:
-        """Remove the lock files of a dead server: PostgreSQL itself is misled by zombies and reused pids.
+    def _clear_data(self) -> None:
+        """Remove the pid file of a dead server: PostgreSQL itself is misled by zombies and reused pids.
 
         Our lock says that no server of ours lives. A server that somebody started by hand would not hold it,
         so look for one; where there is no /proc, leave the pid file to PostgreSQL.
@@ -184,8 +185,6 @@ class Server:
             if strangers := [str(pid) for pid in _processes() if self._lives_here(pid)]:
                 sys.exit(f"a server that was not started by commandbus uses {self.data}: {' '.join(strangers)}")
             (self.data / "postmaster.pid").unlink(missing_ok=True)
-        for name in (CONTROL_SOCKET, SERVER_SOCKET, f"{SERVER_SOCKET}.lock"):
-            (self.run / name).unlink(missing_ok=True)
 
     def _lives_here(self, pid: int) -> bool:
         try:

@@ -54,6 +54,22 @@ def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
     )
 
 
+def find_domains(command_id: UUID) -> Call[list[str]]:
+    """Return the domains that have a command of this id.
+
+    Ids are indexed by domain: one probe for each, and one for the next domain. LATERAL with LIMIT pins that plan.
+    """
+    return Call(
+        "WITH RECURSIVE d (domain) AS ("
+        "(SELECT c.domain FROM commandbus.commands c ORDER BY c.domain LIMIT 1) UNION ALL SELECT "
+        "(SELECT c.domain FROM commandbus.commands c WHERE c.domain > d.domain ORDER BY c.domain LIMIT 1) "
+        "FROM d WHERE d.domain IS NOT NULL) SELECT d.domain FROM d CROSS JOIN LATERAL (SELECT FROM "
+        "commandbus.commands c WHERE c.domain = d.domain AND c.command_id = %s LIMIT 1) found ORDER BY d.domain",
+        (command_id,),
+        lambda rows: [str(row[0]) for row in rows],
+    )
+
+
 def query_commands(
     *,
     domain: str | None,

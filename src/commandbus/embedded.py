@@ -37,7 +37,8 @@ if sys.platform != "win32":
     import fcntl
 
 _START_SECONDS = 120.0  # a crash recovery replays at most a few GB of WAL; a plain start takes 0.05 s
-_JOIN_SECONDS = 40.0  # longer than a keeper may take to stop a server, so that a start can follow a stop
+_STOP_SECONDS = 40.0  # more than a keeper gives a server
+_WELCOME_SECONDS = 5.0  # a keeper that does not greet by then is asked again
 _POLL_SECONDS = 0.01
 _LOG_KEPT_BYTES = 10_000_000
 _SOCKET_PATH_BYTES = 103  # 107 on Linux, 103 on macOS
@@ -117,7 +118,7 @@ class EmbeddedPostgres:
             with contextlib.suppress(OSError):
                 seat.shutdown(socket.SHUT_WR)
             # The keeper hangs up: at once if others stay, else when the server has stopped.
-            _is_open(seat.detach(), _JOIN_SECONDS)
+            _is_open(seat.detach(), _STOP_SECONDS)
             self._drop(self._seat)
             _users.discard(self)
 
@@ -130,32 +131,30 @@ class EmbeddedPostgres:
         self.stop()
 
     def _take_seat(self) -> int:
-        self._make_folders()
-        with self._start_lock():
-            deadline = time.monotonic() + _JOIN_SECONDS
-            while time.monotonic() < deadline:
-                seat = self._join()
-                if seat is not None and self._answers():
-                    return seat
-                self._drop(seat)
-                if seat is None and (lock := self._keeper_lock()) is not None:
-                    return self._launch(lock)
-                time.sleep(_POLL_SECONDS)
-        raise ConfigurationError(f"the PostgreSQL in {self._home} does not answer:\n{self._log_tail()}")
-
-    def _make_folders(self) -> None:
         self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = self._run.parent  # below /tmp anybody could have made it, and could then pose as the server
-        private.mkdir(mode=0o700, exist_ok=True)
-        owner = private.lstat().st_uid
-        if private.is_symlink() or owner not in (os.geteuid(), self._home.stat().st_uid):
-            raise ConfigurationError(f"{private} belongs to another user (uid {owner}): remove it")
-        self._run.mkdir(mode=0o700, exist_ok=True)
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            seat = self._join()
+            if seat is not None and self._answers():
+                return seat
+            self._drop(seat)
+            if seat is None and (lock := self._take_lock()) is not None:
+                return self._launch(lock)
+            time.sleep(_POLL_SECONDS)  # another process starts it, or it is about to end
+        raise ConfigurationError(f"the PostgreSQL in {self._home} neither answers nor ends:\n{self._log_tail()}")
+
+    def _check_owner(self) -> None:
+        """Refuse a socket folder of somebody else's: below /tmp anybody can make one and pose as the server."""
+        with contextlib.suppress(FileNotFoundError):
+            owner = self._run.parent.lstat().st_uid
+            if self._run.parent.is_symlink() or owner not in (os.geteuid(), self._home.stat().st_uid):
+                raise ConfigurationError(f"{self._run.parent} belongs to another user (uid {owner}): remove it")
 
     def _join(self) -> int | None:
         """Take a seat at a keeper that runs; None if there is none, or if it is about to end."""
+        self._check_owner()
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(_JOIN_SECONDS)
+            sock.settimeout(_WELCOME_SECONDS)
             try:
                 sock.connect(str(self._run / _keeper.CONTROL_SOCKET))
                 if sock.recv(1) != _keeper.WELCOME:
@@ -176,6 +175,9 @@ class EmbeddedPostgres:
         seat = ours.detach()
         self._held.add(seat)
         try:
+            self._run.parent.mkdir(mode=0o700, exist_ok=True)
+            self._check_owner()
+            self._run.mkdir(mode=0o700, exist_ok=True)
             with theirs, log.open("ab") as output:
                 begin = output.tell()
                 self._run_keeper(theirs.fileno(), lock, output)
@@ -222,31 +224,16 @@ class EmbeddedPostgres:
             log.seek(max(begin, log.seek(0, os.SEEK_END) - 4000))
             return "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
 
-    @contextlib.contextmanager
-    def _start_lock(self) -> Iterator[None]:
-        """Hold the lock of all who start, join or look; those who leave need none."""
-        lock = self._open("start.lock")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not do while a forked child holds a copy
-            self._drop(lock)
-
-    def _keeper_lock(self) -> int | None:
-        """Take the lock that a keeper and its server hold while one of their processes lives."""
-        lock = self._open("keeper.lock")
+    def _take_lock(self) -> int | None:
+        """Take the lock that a keeper and its server hold as long as one of their processes lives."""
+        lock = os.open(self._home / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._held.add(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._drop(lock)
             return None
         return lock
-
-    def _open(self, name: str) -> int:
-        descriptor = os.open(self._home / name, os.O_RDWR | os.O_CREAT, 0o600)
-        self._held.add(descriptor)
-        return descriptor
 
     def _drop(self, descriptor: int | None) -> None:
         if descriptor is not None and descriptor in self._held:

@@ -180,7 +180,7 @@ class HandlerRegistry:
         key = (mark.domain, mark.command_type)
         if key in self._handlers:
             raise ConfigurationError(f'command type "{mark.command_type}" of "{mark.domain}" has a handler already')
-        blocking = not inspect.iscoroutinefunction(function)
+        blocking = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__))
         if blocking and mark.transactional:
             raise ConfigurationError(
                 f'the handler of "{mark.command_type}" is transactional: it must be an `async def` function'

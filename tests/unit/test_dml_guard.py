@@ -58,9 +58,7 @@ def test_strings_of_python_are_read_with_their_lines() -> None:
 
 
 def test_tables_are_known_from_the_migrations() -> None:
-    migration = (
-        "create table commandbus.command (id int);\nCREATE UNLOGGED TABLE IF NOT EXISTS lease (id int);"
-    )
+    migration = "create table commandbus.command (id int);\nCREATE UNLOGGED TABLE IF NOT EXISTS lease (id int);"
     assert table_names([migration]) == {"command", "lease"}
 
 

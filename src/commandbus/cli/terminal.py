@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,12 +43,12 @@ def safe(value: object) -> str:
 
 def say(line: str) -> None:
     """Print one line for people."""
-    print(safe(line), flush=True)
+    typer.echo(safe(line))
 
 
 def complain(message: str) -> None:
     """Print what went wrong as one line on stderr."""
-    print(f"commandbus: {safe(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    typer.echo(f"commandbus: {safe(' '.join(message.split()))}", err=True)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -58,9 +59,9 @@ def print_json(value: Json) -> None:
     try:
         text = json.dumps(value, default=_plain, allow_nan=False)
     except ValueError:
-        # PostgreSQL stores 1e400 and more, which is infinite in Python and nothing in JSON.
+        # PostgreSQL stores numbers of 400 digits and a fraction, which are infinite in Python and nothing in JSON.
         text = json.dumps(json.loads(json.dumps(value, default=_plain), parse_constant=str))
-    print(text.replace("\x7f", "\\u007f"), flush=True)
+    typer.echo(text)
 
 
 def _plain(value: object) -> Json:
@@ -89,14 +90,21 @@ def print_record(record: Mapping[str, object]) -> None:
     _console().print(table)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows under a heading; columns named `*_id` keep their width."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column.endswith("_id"))
+def print_table(title: str, columns: Mapping[str, int], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under a heading. The columns come with how far each may be narrowed; one with 0 keeps its width."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column, width in columns.items():
+        table.add_column(column, overflow="fold", no_wrap=not width, min_width=width or None)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     _console().print(table)
+
+
+def print_quoted(title: str, text: str) -> None:
+    """Print a text of several lines, each of them marked so that none can pass for a line of ours."""
+    say(title)
+    for line in text.splitlines():
+        say(f"  | {line}")
 
 
 def json_cell(value: Json) -> str | None:
@@ -116,8 +124,7 @@ def _cell(value: object) -> Text:
         case datetime():
             return Text(value.isoformat(" ", "seconds"))
         case Error():
-            details = "" if value.details is None else f" {json_cell(value.details)}"
-            return Text(safe(f"{value.code}: {value.message}{details}" if value.message else f"{value.code}{details}"))
+            return Text(safe(f"{value.code}: {value.message}" if value.message else value.code))
         case _:
             return Text(safe(value))
 

@@ -1,0 +1,79 @@
+"""The application: the subcommands under their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from typing import Annotated, cast
+
+import typer
+
+from commandbus.cli import commands, parked, processes, terminal
+from commandbus.cli.database import StoppedError
+
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+"""What typer raises for arguments that it cannot use; the class has no public name there."""
+
+_EXIT_CODES = """\
+Exit codes: 0 done. 1 it failed, and says why: not found, a conflict, the wrong status. 2 wrong usage.
+3 the database cannot be reached, or its schema is missing or does not fit. 4 the configuration: no DSN, a missing
+extra, no PostgreSQL to start. 130 interrupted."""
+
+_TYPER_INTERRUPTED = 130  # what typer returns after Ctrl-C; older versions raise Abort
+
+_app = typer.Typer(
+    help="A durable command bus on PostgreSQL.",
+    epilog=_EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_troubleshooting = typer.Typer(
+    help="The commands that wait for a person, and the three things to do with one.", epilog=_EXIT_CODES
+)
+_app.add_typer(_troubleshooting, name="troubleshooting")
+
+_top: tuple[Callable[..., object], ...] = (
+    processes.migrate,
+    processes.worker,
+    commands.send,
+    commands.show,
+    processes.demo,
+    processes.dev,
+)
+_below: tuple[Callable[..., object], ...] = (parked.retry, parked.cancel, parked.complete)
+for _subcommand in _top:
+    _app.command(epilog=_EXIT_CODES)(_subcommand)
+_troubleshooting.command("list", epilog=_EXIT_CODES)(parked.list_parked)
+for _subcommand in _below:
+    _troubleshooting.command(epilog=_EXIT_CODES)(_subcommand)
+
+
+def run() -> int:
+    """Run what `sys.argv` says; returns the exit code. Raises `UsageError`, `StoppedError` and the library's errors."""
+    try:
+        code = _app(prog_name="commandbus", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        raise StoppedError from None
+    if code == _TYPER_INTERRUPTED:
+        raise StoppedError
+    return int(code or 0)
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - called by typer
+    if value:
+        try:
+            terminal.say(f"commandbus {version_of('commandbus')}")
+        except PackageNotFoundError:
+            terminal.say("commandbus, run from a folder without being installed: version unknown")
+        raise typer.Exit
+
+
+@_app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Do nothing: the callback of the one option does it."""

@@ -1,0 +1,73 @@
+"""What the subcommands have in common in their arguments: the options, and how they are read."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, TypeAlias
+from uuid import UUID
+
+import typer
+
+from commandbus.errors import ConfigurationError
+from commandbus.model import Json
+
+Dsn: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        envvar="COMMAND_BUS_DSN",
+        metavar="DSN",
+        help="The database, as libpq understands it. Better set the variable: everybody on this machine can see the "
+        "arguments of a program (`ps`), and with them a password.",
+    ),
+]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+DataDir: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(help="The server's folder. Default: $COMMAND_BUS_DATA_DIR, else `commandbus` in your data folder."),
+]
+Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN")]
+Ids: TypeAlias = Annotated[list[UUID], typer.Argument(metavar="ID...")]
+Operator: TypeAlias = Annotated[
+    str | None, typer.Option(help="Who acts; the audit trail keeps it. Default: your name on this machine.")
+]
+Reason: TypeAlias = Annotated[str, typer.Option(help="Why; the audit trail keeps it.")]
+
+_UNITS = {"ms": "milliseconds", "": "seconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def read_json(name: str, text: str) -> Json:
+    """Return the value of JSON text, of `@file`, or of stdin for `-`."""
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        return json.loads(text)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot be read: {error.strerror}", param_hint=name) from None
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"is not JSON: {error}", param_hint=name) from None
+
+
+def duration(name: str, text: str) -> timedelta:
+    """Return the value of `90`, in seconds, or of `500ms`, `90s`, `5m`, `1h`, `2d`."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d|)", text, re.ASCII)
+    if found is None:
+        raise typer.BadParameter(f"{text} is not a duration such as 90, 500ms, 90s, 5m, 1h or 2d", param_hint=name)
+    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+
+
+def operator_name(given: str | None) -> str:
+    """Return the operator: as given, else the user of this machine."""
+    if given is not None:
+        return given
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise ConfigurationError(f"user {os.getuid()} of this machine has no name: give --operator") from None

@@ -1,0 +1,169 @@
+"""The subcommands that set up or run something: migrate, demo, dev, worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import shlex
+import sys
+import threading
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import psycopg
+import typer
+
+from commandbus import migrate as migrations
+from commandbus.bus import CommandBus
+from commandbus.cli import terminal
+from commandbus.cli.database import on_bus, reachable, until_stopped, valid
+from commandbus.cli.options import AsJson, DataDir, Dsn, duration
+from commandbus.demo import run as run_demo
+from commandbus.embedded import EmbeddedPostgres
+from commandbus.errors import ConfigurationError
+from commandbus.handlers import HandlerRegistry
+from commandbus.worker import Worker
+
+
+class LogFormat(StrEnum):
+    """How a worker's log looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """From which level on a worker logs."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def migrate(
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; 1 if there is something to apply.")] = False,
+    print_: Annotated[bool, typer.Option("--print", help="Print the SQL for an empty database; needs none.")] = False,
+    dsn: Dsn = None,
+    as_json: AsJson = False,
+) -> int:
+    """Bring the database's schema to this version."""
+    if check and print_:
+        raise typer.BadParameter("choose one of --check and --print")
+    if print_:
+        _print_script(as_json=as_json)
+        return 0
+    names = migrations.pending(reachable(dsn)) if check else migrations.migrate(reachable(dsn))
+    if as_json:
+        terminal.print_json({"pending" if check else "applied": names})
+    elif names:
+        terminal.say(f"{'to apply' if check else 'applied'}: {', '.join(names)}")
+    else:
+        terminal.say("the schema is up to date")
+    return int(check and bool(names))
+
+
+def _print_script(*, as_json: bool) -> None:
+    if as_json:
+        terminal.print_json({"sql": migrations.script()})
+    else:
+        typer.echo(migrations.script())
+
+
+def demo(*, data_dir: DataDir = None, as_json: AsJson = False) -> int:
+    """Show the bus at work on a private PostgreSQL; $COMMAND_BUS_DSN is not looked at."""
+    return run_demo(json_output=as_json, data_dir=data_dir)
+
+
+def dev(*, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """Run a private PostgreSQL with a migrated database `commandbus` until Ctrl-C or SIGTERM; prints its DSN."""
+    with until_stopped(), EmbeddedPostgres(data_dir) as server:
+        with (
+            psycopg.connect(server.dsn(), autocommit=True) as connection,
+            contextlib.suppress(psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation),
+        ):
+            connection.execute("CREATE DATABASE commandbus")
+        dsn = server.dsn("commandbus")
+        migrations.migrate(dsn)
+        if as_json:
+            terminal.print_json({"dsn": dsn, "data_dir": str(server.data_dir), "major": server.major})
+        else:
+            terminal.say(f"PostgreSQL {server.major} runs in {server.data_dir} until you press Ctrl-C. To use it:")
+            terminal.say(f"export COMMAND_BUS_DSN={shlex.quote(dsn)}")
+        threading.Event().wait()
+
+
+# -- the worker --------------------------------------------------------------------------------------------------------
+
+
+def worker(
+    registry: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:REGISTRY", help="Where the HandlerRegistry is; found from this folder too."),
+    ],
+    *,
+    domain: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: all of the registry.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="How many handlers run at once.")] = 100,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many of them may be `def` functions. Default: $COMMAND_BUS_SYNC_THREADS, else min(32, CPUs).",
+        ),
+    ] = None,
+    lease: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long a command stays ours unless renewed.")
+    ] = "60s",
+    grace: Annotated[str, typer.Option(metavar="DURATION", help="How long a stop waits for handlers.")] = "30s",
+    log_level: LogLevel = LogLevel.INFO,
+    log_format: LogFormat = LogFormat.TEXT,
+    dsn: Dsn = None,
+) -> None:
+    """Run handlers until SIGTERM or Ctrl-C; let those that run finish, and end with exit code 0.
+
+    A second signal does not wait for them: their commands are released, uncharged.
+    """
+    terminal.log_to_stderr(
+        log_level.upper(), terminal.json_line if log_format is LogFormat.JSON else terminal.text_line
+    )
+    dsn = valid(dsn)
+    lease_time, grace_time = duration("--lease", lease), duration("--grace", grace)
+    with until_stopped():
+        handlers = _load(registry)
+
+        async def work(bus: CommandBus) -> None:
+            await Worker(
+                bus,
+                domain or handlers.domains,
+                handlers,
+                concurrency=concurrency,
+                thread_pool_size=threads,
+                lease=lease_time,
+                grace=grace_time,
+            ).run()
+
+        asyncio.run(on_bus(dsn, work, "commandbus worker"))
+
+
+def _load(place: str) -> HandlerRegistry:
+    """Import the registry that `MODULE:REGISTRY` names, as `python -m` would: this folder comes first."""
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise typer.BadParameter(f"{place} is not MODULE:REGISTRY, such as shop.handlers:registry")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigurationError(
+            f"cannot load {place}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        ) from error
+    if not isinstance(found, HandlerRegistry):
+        raise ConfigurationError(f"{place} is a {type(found).__name__}: it must be a HandlerRegistry")
+    if not found.domains:
+        raise ConfigurationError(f"{place} has no handlers")
+    return found

@@ -1,0 +1,137 @@
+"""`connection=`: a send in the caller's own transaction, on a connection of either colour."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg.rows import dict_row
+
+from commandbus import (
+    CommandBus,
+    CommandIdConflictError,
+    ConfigurationError,
+    InvalidCommandError,
+    SendRequest,
+)
+from tests.bus.support import DOMAIN, Connection, ids
+
+AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+
+
+class Caller:
+    """The caller's connection: blocking or async, driven alike."""
+
+    def __init__(self, connection: AnyConnection) -> None:
+        self.connection = connection
+
+    async def do(self, statement: str) -> None:
+        """Execute a statement, COMMIT and ROLLBACK among them."""
+        if isinstance(self.connection, psycopg.AsyncConnection):
+            await self.connection.execute(statement.encode())
+        else:
+            self.connection.execute(statement.encode())
+
+
+@pytest.fixture(params=["async", "blocking"])
+async def caller(request: pytest.FixtureRequest, dsn: str) -> AsyncIterator[Caller]:
+    async with contextlib.AsyncExitStack() as stack:
+        if request.param == "async":
+            yield Caller(await stack.enter_async_context(await psycopg.AsyncConnection.connect(dsn)))
+        else:
+            yield Caller(stack.enter_context(psycopg.connect(dsn)))
+
+
+async def test_a_commit_sends(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    receipt = await bus.send(DOMAIN, "Debit", {"n": 1}, connection=caller.connection)
+    assert ids(db) == []
+    await caller.do("COMMIT")
+    assert ids(db) == [receipt.command_id]
+
+
+async def test_a_rollback_does_not(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    await bus.send(DOMAIN, "Debit", {"n": 1}, connection=caller.connection)
+    await caller.do("ROLLBACK")
+    assert ids(db) == []
+
+
+async def test_a_savepoint_takes_its_own_sends_back(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    kept = await bus.send(DOMAIN, "Debit", 1, connection=caller.connection)
+    await caller.do("SAVEPOINT here")
+    await bus.send(DOMAIN, "Debit", 2, connection=caller.connection)
+    await caller.do("ROLLBACK TO SAVEPOINT here")
+    await caller.do("COMMIT")
+    assert ids(db) == [kept.command_id]
+
+
+async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    if isinstance(caller.connection, psycopg.AsyncConnection):
+        await caller.connection.set_autocommit(True)
+    else:
+        caller.connection.autocommit = True
+    receipt = await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
+    assert ids(db) == [receipt.command_id]
+
+
+async def test_the_callers_row_factory_is_left_alone(bus: CommandBus, caller: Caller) -> None:
+    caller.connection.row_factory = dict_row
+    own = uuid4()
+    assert not (await bus.send(DOMAIN, "Debit", {}, command_id=own, connection=caller.connection)).duplicate
+    assert (await bus.send(DOMAIN, "Debit", {}, command_id=own, connection=caller.connection)).duplicate
+    batch = [SendRequest(DOMAIN, "Debit", n) for n in range(3)]
+    assert len(await bus.send_batch(batch, connection=caller.connection)) == 3
+    assert caller.connection.row_factory is dict_row
+
+
+async def test_a_conflict_leaves_the_transaction_usable(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    own = uuid4()
+    await bus.send(DOMAIN, "Debit", 1, command_id=own, connection=caller.connection)
+    with pytest.raises(CommandIdConflictError):
+        await bus.send(DOMAIN, "Debit", 2, command_id=own, connection=caller.connection)
+    await caller.do("COMMIT")
+    assert ids(db) == [own]
+
+
+async def test_data_that_postgresql_refuses_is_an_invalid_command(bus: CommandBus, caller: Caller) -> None:
+    with pytest.raises(InvalidCommandError):
+        await bus.send(DOMAIN, "Debit", "\0", connection=caller.connection)
+
+
+async def test_a_batch_is_part_of_the_transaction(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    requests = [SendRequest(DOMAIN, "Debit", n) for n in range(1200)]
+    receipts = await bus.send_batch(requests, connection=caller.connection)
+    assert ids(db) == []
+    await caller.do("COMMIT")
+    assert sorted(ids(db)) == [receipt.command_id for receipt in receipts]
+
+
+async def test_an_own_id_needs_read_committed(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    await caller.do("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    await bus.send(DOMAIN, "Debit", 1, connection=caller.connection)
+    with pytest.raises(ConfigurationError, match="READ COMMITTED"):
+        await bus.send(DOMAIN, "Debit", 2, command_id=uuid4(), connection=caller.connection)
+    await caller.do("ROLLBACK")
+    assert ids(db) == []
+
+
+async def test_what_the_caller_wrote_goes_with_it(bus: CommandBus, db: Connection, caller: Caller) -> None:
+    db.execute("CREATE TABLE account (n int)")
+    for end, count in (("ROLLBACK", 0), ("COMMIT", 1)):
+        await caller.do("INSERT INTO account VALUES (1)")
+        await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
+        await caller.do(end)
+        assert db.execute("SELECT count(*) FROM account").fetchone() == (count,)
+        assert len(ids(db)) == count
+
+
+@pytest.mark.parametrize("wrong", ["host=localhost", 5, object()])
+async def test_anything_else_is_no_connection(bus: CommandBus, db: Connection, wrong: object) -> None:
+    with pytest.raises(ConfigurationError, match=type(wrong).__name__):
+        await bus.send(DOMAIN, "Debit", {}, connection=wrong)
+    with pytest.raises(ConfigurationError, match=type(wrong).__name__):
+        await bus.send_batch([SendRequest(DOMAIN, "Debit", {})], connection=wrong)
+    assert ids(db) == []

@@ -1,0 +1,89 @@
+"""Hints to workers: the first at once, few of them, and none from within the caller's transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+
+import pytest
+
+from commandbus import CommandBus, SendRequest
+from tests.bus.support import DOMAIN, Connection, connect_caller
+
+
+@pytest.fixture
+def hints(db: Connection) -> Connection:
+    """A connection that listens."""
+    db.execute("LISTEN commandbus")
+    return db
+
+
+def until_marker(hints: Connection) -> list[str]:
+    """All hints up to the marker."""
+    found: list[str] = []
+    for hint in hints.notifies(timeout=20):
+        if hint.payload == "marker":
+            return found
+        found.append(hint.payload)
+    raise AssertionError(f"the marker did not come; only {found}")
+
+
+async def next_hint(hints: Connection) -> str:
+    """The next hint, waited for without holding up the loop."""
+    (hint,) = await asyncio.to_thread(lambda: list(hints.notifies(timeout=20, stop_after=1)))
+    return hint.payload
+
+
+async def test_the_first_is_given_at_once(bus: CommandBus, hints: Connection) -> None:
+    await bus.send(DOMAIN, "Debit", {})
+    assert await next_hint(hints) == DOMAIN
+
+
+async def test_there_are_at_most_ten_a_second(bus: CommandBus, hints: Connection) -> None:
+    began = time.monotonic()
+    for n in range(300):
+        await bus.send(DOMAIN, "Debit", n)
+        await bus.send("shipping", "Ship", n)
+    await bus.wake("marker")
+    seconds = time.monotonic() - began
+    count = Counter(until_marker(hints))
+    assert set(count) == {DOMAIN, "shipping"}
+    assert max(count.values()) <= 2 + 12 * seconds  # and some for the edges
+
+
+async def test_the_last_of_a_burst_is_not_left_without(bus: CommandBus, hints: Connection) -> None:
+    await bus.send(DOMAIN, "Debit", 1)
+    assert await next_hint(hints) == DOMAIN
+    await bus.send(DOMAIN, "Debit", 2)
+    assert await next_hint(hints) == DOMAIN
+
+
+async def test_a_batch_gives_one_a_domain(bus: CommandBus, hints: Connection) -> None:
+    domains = [DOMAIN, "shipping", DOMAIN]
+    await bus.send_batch([SendRequest(domain, "Debit", {}) for domain in domains * 500])
+    await bus.wake("marker")
+    assert sorted(until_marker(hints)) == [DOMAIN, "shipping"]
+
+
+async def test_a_send_on_a_connection_gives_none_until_it_is_asked(
+    bus: CommandBus, hints: Connection, dsn: str
+) -> None:
+    async with connect_caller(dsn) as connection:
+        await bus.send(DOMAIN, "Debit", {}, connection=connection)
+        await bus.send_batch([SendRequest(DOMAIN, "Debit", {})], connection=connection)
+    await bus.wake("marker")
+    assert until_marker(hints) == []
+    await bus.wake(DOMAIN, "shipping")
+    await bus.wake("marker")
+    assert until_marker(hints) == [DOMAIN, "shipping"]
+
+
+async def test_closing_drops_what_is_owed(dsn: str, hints: Connection) -> None:
+    for _ in range(3):
+        async with CommandBus(dsn) as bus:
+            await bus.send(DOMAIN, "Debit", 1)
+            await bus.send(DOMAIN, "Debit", 2)
+    async with CommandBus(dsn) as bus:
+        await bus.wake("marker")
+    assert len(until_marker(hints)) >= 3

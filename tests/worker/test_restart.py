@@ -1,0 +1,82 @@
+"""The database goes away and comes back: commands keep flowing, and the worker never ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from commandbus import Command, CommandBus, CommandStatus, HandlerContext, OutcomeUnknownError, Receipt, Worker
+from commandbus.embedded import EmbeddedPostgres
+from commandbus.migrate import migrate
+from tests.bus.support import DOMAIN
+from tests.worker.support import all_settled, registry_of, running, settled
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+    """A server of this test's own, to be killed."""
+    with EmbeddedPostgres(tmp_path / "data", settings={"fsync": "off", "full_page_writes": "off"}) as server:
+        migrate(server.dsn())
+        yield server
+
+
+def crash(server: EmbeddedPostgres) -> None:
+    """An immediate shutdown: the backends drop their connections, nothing is written back; then start again."""
+    (pid_file,) = server.data_dir.glob("pg*/data/postmaster.pid")
+    os.kill(int(pid_file.read_text("utf-8").split()[0]), signal.SIGQUIT)
+    while True:
+        try:
+            psycopg.connect(server.dsn(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            break
+    server.start()
+
+
+async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: EmbeddedPostgres) -> None:
+    runs: Counter[int] = Counter()
+    numbers = iter(range(1_000_000))
+    sent: list[Receipt] = []
+    unknown: list[OutcomeUnknownError] = []
+    over = asyncio.Event()
+
+    async def work(command: Command, context: HandlerContext) -> int:
+        runs[command.data] += 1
+        await asyncio.sleep(0.02)
+        return int(command.data)
+
+    async def sender(bus: CommandBus) -> None:
+        while not over.is_set():
+            try:
+                sent.append(await bus.send(DOMAIN, "Debit", next(numbers)))
+            except OutcomeUnknownError as error:
+                unknown.append(error)
+            await asyncio.sleep(0.002)
+
+    async with CommandBus(own_server.dsn()) as bus:
+        worker = Worker(bus, DOMAIN, registry_of(Debit=work), lease=timedelta(seconds=2), concurrency=20)
+        async with running(worker) as task:
+            senders = [asyncio.create_task(sender(bus)) for _ in range(4)]
+            for _ in range(2):
+                await settled(bus, await bus.send(DOMAIN, "Debit", next(numbers)))
+                await asyncio.to_thread(crash, own_server)
+                assert not task.done()
+                await settled(bus, await bus.send(DOMAIN, "Debit", next(numbers)), timeout=60)
+            over.set()
+            await asyncio.gather(*senders)
+            commands = await all_settled(bus, sent, timeout=60)
+            again = await settled(bus, await bus.send(DOMAIN, "Debit", next(numbers)))
+        assert again.status == CommandStatus.COMPLETED
+        assert {command.status for command in commands} == {CommandStatus.COMPLETED}
+        assert all(command.result == command.data and command.attempts == 1 for command in commands)
+        assert {receipt.command_id for receipt in sent}.isdisjoint(error.command_id for error in unknown)
+        assert await bus.count() >= len(sent)
+    assert len(sent) > 50
+    assert set(runs) >= {command.data for command in commands}

@@ -1,7 +1,7 @@
 """The protocol with the database, without I/O: one value for each SQL function or view that is used.
 
 A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This is
-the only Python that names the SQL functions which change something; `_queries` has the views.
+the only Python that names the SQL functions which change something; `_queries` has what reads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Row: TypeAlias = tuple[Any, ...]
 MAX_DELAY = timedelta(days=3650)
 MAX_BYTES = 1 << 20
 """Of one command or one result as JSON text, and about what one statement carries."""
-PRIORITY_LEVELS = 54
-"""`place >> 54` is the level of a priority, 0 for the highest; the rest is the sequence number."""
-LAST_PLACE = (201 << PRIORITY_LEVELS) - 1
+SEQUENCE_BITS = 54
+"""`place >> 54` is the level of a priority, 0 for the highest of 201; the rest is the sequence number."""
+LAST_PLACE = (201 << SEQUENCE_BITS) - 1
 
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
@@ -44,16 +44,16 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A command on its way: checked and serialised, in the caller's thread. `own_id`: the caller gave the id."""
+    """A command on its way: checked and serialised, in the caller's thread. `minted`: the id was made for this send."""
 
     domain: str
     command_id: UUID
-    own_id: bool
+    minted: bool
     text: str
 
-    def row(self, *, look_up: bool) -> str:
-        """The row for `send_v1`. `look_up`: the id may be known already; otherwise it was made for this send."""
-        return f'{self.text[:-1]},"own_id":true}}' if look_up else self.text
+    def row(self, *, minted: bool) -> str:
+        """Return the row for `send_v1`; one that is not minted, or was on its way before, is looked up there."""
+        return f'{self.text[:-1]},"minted":true}}' if minted else self.text
 
 
 def outgoing(request: SendRequest, headers: Mapping[str, str], fresh_id: UUID) -> Outgoing:
@@ -61,14 +61,14 @@ def outgoing(request: SendRequest, headers: Mapping[str, str], fresh_id: UUID) -
 
     `fresh_id` is for a request without an id of its own.
     """
-    own_id = request.command_id
+    own_id: object = request.command_id
     if own_id is not None and not isinstance(own_id, UUID):
         raise InvalidCommandError(f"command_id is {own_id!r}: it must be a uuid.UUID")
     command_id = own_id or fresh_id
     text = encode(_row(request, headers, command_id), f"command {command_id}: data")
     if len(text) > MAX_BYTES:
         raise InvalidCommandError(f"command {command_id} has {len(text):,} bytes: at most {MAX_BYTES:,} can be sent")
-    return Outgoing(request.domain, command_id, own_id is not None, text)
+    return Outgoing(request.domain, command_id, own_id is None, text)
 
 
 def _row(request: SendRequest, headers: Mapping[str, str], command_id: UUID) -> dict[str, Json]:
@@ -83,7 +83,9 @@ def _row(request: SendRequest, headers: Mapping[str, str], command_id: UUID) -> 
             raise InvalidCommandError(f"command {command_id}: headers must map strings to strings")
         row["headers"] = dict(headers)
     if request.correlation_id is not None:
-        row["correlation_id"] = str(request.correlation_id)
+        if not isinstance(request.correlation_id, str):
+            raise InvalidCommandError(f"command {command_id}: correlation_id is not a string")
+        row["correlation_id"] = request.correlation_id
     if request.reply_to is not None:
         row["reply_to"] = _name("reply_to", request.reply_to, command_id)
     if request.max_attempts is not None:
@@ -91,9 +93,10 @@ def _row(request: SendRequest, headers: Mapping[str, str], command_id: UUID) -> 
     if request.priority:
         row["priority"] = _bounded("priority", request.priority, -100, 100, command_id)
     if request.delay is not None:
-        if not timedelta(0) <= request.delay <= MAX_DELAY:
-            raise InvalidCommandError(f"command {command_id}: delay must be between 0 and {MAX_DELAY.days} days")
-        row["delay"] = request.delay.total_seconds()
+        delay: object = request.delay
+        if not isinstance(delay, timedelta) or not timedelta(0) <= delay <= MAX_DELAY:
+            raise InvalidCommandError(f"command {command_id}: delay must be a timedelta of 0 to {MAX_DELAY.days} days")
+        row["delay"] = delay.total_seconds()
     return row
 
 
@@ -290,3 +293,20 @@ def operator_complete(domain: str, command_id: UUID, operator: str, reason: str,
 
 def _act(name: str, *params: object) -> Call[None]:
     return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
+
+
+# -- housekeeping ----------------------------------------------------------------------------------------------------
+
+
+def make_partitions() -> Call[None]:
+    """Make this and the next weeks of the history."""
+    return Call("SELECT commandbus.make_partitions_v1()", (), lambda _: None)
+
+
+def drop_expired() -> Call[list[tuple[str, list[int] | None]]]:
+    """Drop the weeks whose retention is over; each with the process ids that blocked it, or None."""
+    return Call(
+        "SELECT week, blocked_by FROM commandbus.drop_expired_v1()",
+        (),
+        lambda rows: [(r[0], r[1]) for r in rows],
+    )

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import os
+import re
 import select
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -23,14 +23,11 @@ from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from commandbus._calls import Call, Row
+from commandbus._failures import is_connection_lost, translate, unavailable
 from commandbus.errors import (
-    BY_SQLSTATE,
     ClosedError,
-    CommandBusError,
     ConfigurationError,
     DatabaseUnavailableError,
-    InvalidCommandError,
-    SchemaError,
 )
 
 T = TypeVar("T")
@@ -53,7 +50,16 @@ _OPTIONS = " ".join(
         "tcp_keepalives_count": 3,
     }.items()
 )
-_NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
+_DEFAULTS = {
+    "connect_timeout": "10",
+    "client_encoding": "UTF8",
+    # A peer that vanished with data under way: noticed after 4.2 s with 4000, never by keepalives alone.
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+}
+
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
 
 
@@ -62,7 +68,7 @@ class Database:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: str | None,
         *,
         connections: int,
         application_name: str,
@@ -70,7 +76,7 @@ class Database:
         for_user_code: bool = False,
     ) -> None:
         self.transaction_pooler = transaction_pooler
-        self._conninfo = _with_defaults(dsn, application_name)
+        self._conninfo = conninfo(dsn, application_name)
         self._application_name = application_name
         self._for_user_code = for_user_code
         self._pool: AsyncConnectionPool[psycopg.AsyncConnection[Row]] = AsyncConnectionPool(
@@ -82,7 +88,6 @@ class Database:
             # An attempt belongs to a call, not to a back-off of the pool's: after an outage of a minute that would
             # wait half a minute more.
             reconnect_timeout=_RECONNECT_SECONDS,
-            timeout=CALL_SECONDS,
             reset=_reset if for_user_code else None,
         )
 
@@ -114,7 +119,7 @@ class Database:
         try:
             await (await self.connect()).close()  # the pool would try for long, and not say what is wrong
         except psycopg.OperationalError as error:
-            raise DatabaseUnavailableError(f"no connection to PostgreSQL: {brief(error)}") from None
+            raise unavailable(error) from None
         await self._pool.open()
 
     async def close(self) -> None:
@@ -172,15 +177,15 @@ class Database:
                 await asyncio.gather(statement, return_exceptions=True)
                 raise
 
-    async def read(self, call: Call[T]) -> T:
-        """Run a call that only reads, once more when a connection turns out to be dead."""
+    async def repeat(self, call: Call[T]) -> T:
+        """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead."""
         for _ in range(self._pool.max_size):
             try:
                 return await self.run(call)
             except psycopg.Error as error:
                 if not is_connection_lost(error):
                     raise
-        raise DatabaseUnavailableError("the connections to PostgreSQL keep breaking; nothing was read")
+        raise DatabaseUnavailableError("the connections to PostgreSQL keep breaking")
 
     async def connect(self) -> psycopg.AsyncConnection[Row]:
         """Open a connection outside the pool, for a task that keeps one."""
@@ -205,7 +210,9 @@ async def _execute(connection: psycopg.AsyncConnection[Any], call: Call[T]) -> T
             await cursor.execute(call.sql.encode(), call.params)
             return call.read(await cursor.fetchall() if cursor.description else [])
     except psycopg.Error as error:
-        raise translate(error) from error
+        if (ours := translate(error)) is None:
+            raise
+        raise ours from error
 
 
 async def execute_on(connection: object, call: Call[T]) -> T:
@@ -221,7 +228,9 @@ async def execute_on(connection: object, call: Call[T]) -> T:
                 cursor.execute(call.sql.encode(), call.params)
                 return call.read(cursor.fetchall() if cursor.description else [])
         except psycopg.Error as error:
-            raise translate(error) from error
+            if (ours := translate(error)) is None:
+                raise
+            raise ours from error
     raise _no_connection(connection)
 
 
@@ -271,89 +280,20 @@ def sever(connection: psycopg.AsyncConnection[Any]) -> None:
         twin.shutdown(socket.SHUT_RDWR)
 
 
-def translate(error: psycopg.Error) -> Exception:
-    """Return the library's error for what PostgreSQL said, or the error itself."""
-    message = error.diag.message_primary or str(error)
-    if error.diag.message_hint:
-        message = f"{message}. {error.diag.message_hint}"
-    known = BY_SQLSTATE.get(error.sqlstate or "")
-    if known is not None:
-        return known(message)
-    if error.sqlstate in _NO_SCHEMA and "commandbus" in message:
-        return SchemaError(f"{message}: run `commandbus migrate` on this database")
-    return error
+def conninfo(dsn: str | None, application_name: str) -> str:
+    """Return the DSN, by default `$COMMAND_BUS_DSN`, with our defaults for what it leaves open.
 
-
-def brief(error: BaseException) -> str:
-    """Return an error's first line for a log or a message: printable, not longer than 300, without data.
-
-    What else PostgreSQL says (DETAIL, CONTEXT) may quote the payload.
+    Raises `ConfigurationError`, which does not quote it: it may hold a password.
     """
-    text = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    line = (text or str(error)).partition("\n")[0][:300]
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether PostgreSQL refuses what a row says: data, constraint, limit, or a check of ours."""
-    return (getattr(error, "sqlstate", None) or "")[:2] in {"22", "23", "54", "CB"}
-
-
-def refusal(error: Exception, what: str) -> Exception:
-    """Return what is told of a refusal: the library's own error, or `InvalidCommandError`."""
-    if isinstance(error, CommandBusError):
-        return error
-    return InvalidCommandError(f"{what} was refused by PostgreSQL: {brief(error)}")
-
-
-@contextlib.contextmanager
-def refusals_of(what: str) -> Iterator[None]:
-    """Tell a refusal by PostgreSQL as `InvalidCommandError`; its own words may quote the payload."""
+    dsn = dsn or os.environ.get("COMMAND_BUS_DSN")
+    if not dsn:
+        raise ConfigurationError("no DSN: set COMMAND_BUS_DSN, or give one")
     try:
-        yield
-    except psycopg.Error as error:
-        if not is_refusal(error):
-            raise
-        raise refusal(error, what) from None
-
-
-def is_connection_lost(error: BaseException) -> bool:
-    """Whether the connection broke: what was under way may or may not have happened."""
-    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-        return False
-    state = error.sqlstate or "08"
-    return state.startswith(("08", "57P")) or state == "25P03"
-
-
-def is_unavailable(error: BaseException) -> bool:
-    """Whether trying again later, on another connection, is what there is to do."""
-    return isinstance(error, DatabaseUnavailableError) or (
-        isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        and (is_connection_lost(error) or (error.sqlstate or "")[:2] in {"40", "53", "55", "57", "58"})
-    )
-
-
-def own_copy(error: Exception) -> Exception:
-    """Return an error for one more caller: one object raised in 50 places grows 50 frames of traceback."""
-    twin = copy.copy(error)
-    if isinstance(error, CommandBusError):
-        twin.args = error.args
-    return twin.with_traceback(None)
-
-
-def _with_defaults(dsn: str, application_name: str) -> str:
-    try:
-        given = conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:  # its text quotes the DSN
+        given = {key: str(value) for key, value in conninfo_to_dict(dsn).items()}
+    except psycopg.ProgrammingError:
         raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
-    defaults = {
-        "application_name": application_name,
-        "connect_timeout": "10",
-        "client_encoding": "UTF8",
-        # A peer that vanished with data under way: noticed after 4.2 s with 4000, never by keepalives alone.
-        "tcp_user_timeout": "10000",
-        "keepalives_idle": "30",
-        "keepalives_interval": "10",
-        "keepalives_count": "3",
-    }
-    return make_conninfo("", **(defaults | {key: str(value) for key, value in given.items()}))
+    # libpq cuts a URI at the first of these, and would call the rest of the password a host, a port or a database.
+    cut = any("@" in given.get(part, "") for part in ("host", "port", "dbname"))
+    if cut or not re.fullmatch(r"[0-9,]*", given.get("port", "")):
+        raise ConfigurationError("the DSN cannot be right: write % @ / in a password as %25 %40 %2F")
+    return make_conninfo("", **(_DEFAULTS | {"application_name": application_name} | given))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, brief, execute
+from commandbus._calls import Call
+from commandbus._database import Database, execute
+from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.hints")
@@ -38,9 +40,7 @@ class Hints:
     async def give(self, connection: psycopg.AsyncConnection[Any], domains: Collection[str]) -> None:
         """Hint to the workers of these domains, on a connection that the caller holds."""
         self._owed.update(domains)
-        due = self._take_due()
-        if due:
-            await execute(connection, _calls.wake(due), _DEADLINE)
+        await self._give_due(lambda call: execute(connection, call, _DEADLINE))
 
     def close(self) -> None:
         """Drop the hints that are owed."""
@@ -64,12 +64,15 @@ class Hints:
 
     def _settle(self) -> None:
         self._timer = None
-        self._task = asyncio.get_running_loop().create_task(self._give_owed())
+        self._task = asyncio.get_running_loop().create_task(
+            self._give_due(lambda call: self._database.run(call, _DEADLINE))
+        )
 
-    async def _give_owed(self) -> None:
+    async def _give_due(self, run: Callable[[Call[None]], Awaitable[None]]) -> None:
+        """Give what is due; that it fails is nobody's failure."""
         due = self._take_due()
         try:
             if due:
-                await self._database.run(_calls.wake(due), _DEADLINE)
+                await run(_calls.wake(due))
         except (CommandBusError, psycopg.Error) as error:
             logger.debug("a hint was not given: %s", brief(error))

@@ -1,4 +1,4 @@
-"""The reading half of the protocol: values for what the views and the housekeeping functions answer."""
+"""The reading half of the protocol: a value for each question to the views."""
 
 from __future__ import annotations
 
@@ -154,20 +154,6 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
 def schema() -> Call[tuple[int | None, int | None]]:
     """The database's schema version and the oldest client it serves."""
     return Call("SELECT version, oldest_client FROM commandbus.schema_v1()", (), lambda rows: (rows[0][0], rows[0][1]))
-
-
-def make_partitions() -> Call[None]:
-    """Make this and the next weeks of the history."""
-    return Call("SELECT commandbus.make_partitions_v1()", (), lambda _: None)
-
-
-def drop_expired() -> Call[list[tuple[str, list[int] | None]]]:
-    """Drop the weeks whose retention is over; each with the process ids that blocked it, or None."""
-    return Call(
-        "SELECT week, blocked_by FROM commandbus.drop_expired_v1()",
-        (),
-        lambda rows: [(r[0], r[1]) for r in rows],
-    )
 
 
 def _filter(

@@ -14,17 +14,8 @@ from collections import deque
 
 from commandbus import _calls
 from commandbus._calls import MAX_BYTES, Outgoing
-from commandbus._database import (
-    CALL_SECONDS,
-    Database,
-    brief,
-    execute,
-    is_connection_lost,
-    is_refusal,
-    is_unavailable,
-    own_copy,
-    refusal,
-)
+from commandbus._database import CALL_SECONDS, Database, execute
+from commandbus._failures import brief, is_connection_lost, is_refusal, is_unavailable, own_copy, refusal
 from commandbus._hints import Hints
 from commandbus.errors import OutcomeUnknownError, SendTimeoutError
 
@@ -53,9 +44,9 @@ class _Entry:
         return not self.future.done()
 
     @property
-    def looked_up(self) -> bool:
-        """Whether its id may be known to the database already."""
-        return self.outgoing.own_id or self.maybe_sent
+    def minted(self) -> bool:
+        """Whether the database cannot know its id yet."""
+        return self.outgoing.minted and not self.maybe_sent
 
     def settle(self, outcome: str) -> None:
         if self.waits:
@@ -163,7 +154,7 @@ class SendBuffer:
         """Send the batch as one statement; settles all entries or raises."""
         async with self._database.connection() as connection:
             batch = [entry for entry in batch if entry.waits]  # some gave up while there was no connection
-            rows = [entry.outgoing.row(look_up=entry.looked_up) for entry in batch]
+            rows = [entry.outgoing.row(minted=entry.minted) for entry in batch]
             for entry in batch:
                 entry.under_way = True
             try:
@@ -183,7 +174,7 @@ class SendBuffer:
     async def _sort_out(self, batch: list[_Entry], error: Exception) -> bool:
         """Decide what a failed flush means for its entries. True: try those that still wait again, as they are."""
         state = getattr(error, "sqlstate", None) or ""
-        if state == _LOCK_NOT_AVAILABLE and any(entry.looked_up for entry in batch):
+        if state == _LOCK_NOT_AVAILABLE and not all(entry.minted for entry in batch):
             await self._set_contended_apart(batch)
         elif is_refusal(error):  # never split on 08 or 57
             if len(batch) == 1:
@@ -210,9 +201,9 @@ class SendBuffer:
 
         Four flushes that wait for a lock would stop all sends, also that of the rival itself.
         """
-        own = [entry for entry in batch if entry.looked_up]
+        own = [entry for entry in batch if not entry.minted]
         if len(own) < len(batch):
-            await self._deliver([entry for entry in batch if not entry.looked_up])
+            await self._deliver([entry for entry in batch if entry.minted])
             await self._deliver(own)
         elif len(own) > 1:
             await self._halve(own)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -16,7 +14,8 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
-from commandbus._database import Database, execute_on, is_connection_lost, is_unavailable, refusals_of, savepoint_on
+from commandbus._database import Database, execute_on, savepoint_on
+from commandbus._failures import is_connection_lost, is_unavailable, refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
 from commandbus._send_buffer import MAX_ROWS, SendBuffer
@@ -27,6 +26,7 @@ from commandbus.errors import (
     CommandNotFoundError,
     ConfigurationError,
     DatabaseUnavailableError,
+    InvalidCommandError,
     OutcomeUnknownError,
     PartialSendError,
     SchemaError,
@@ -35,8 +35,6 @@ from commandbus.errors import (
 from commandbus.migrate import explain_mismatch
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
 from commandbus.tracing import NoTracing, Tracing
-
-logger = logging.getLogger("commandbus.bus")
 
 T = TypeVar("T")
 
@@ -61,9 +59,6 @@ class CommandBus:
         transaction_pooler: bool = False,
         application_name: str = "commandbus",
     ) -> None:
-        dsn = dsn or os.environ.get("COMMAND_BUS_DSN")
-        if not dsn:
-            raise ConfigurationError("no DSN: pass one to CommandBus(...) or set COMMAND_BUS_DSN")
         if flush_connections < 1:
             raise ConfigurationError(f"flush_connections is {flush_connections}: it must be at least 1")
         if send_timeout <= timedelta(0):
@@ -91,7 +86,7 @@ class CommandBus:
         try:
             await self._database.open()
             await self._check_schema()
-            await self._database.read(_queries.make_partitions())
+            await self._database.repeat(_calls.make_partitions())
         except BaseException:
             await self.close()
             raise
@@ -117,12 +112,15 @@ class CommandBus:
 
     @property
     def database(self) -> Database:
-        """The connections of this bus, for the other parts of the library; it checks that the bus can be used here."""
+        """The connections of this bus, for the other parts of the library. Raises what `_check_open` does."""
+        self._check_open()
+        return self._database
+
+    def _check_open(self) -> None:
         if self._loop is None or self._closed:
             raise ClosedError("the bus is not open: use `async with CommandBus(...) as bus`")
         if asyncio.get_running_loop() is not self._loop:
             raise WrongLoopError("this bus was opened on another event loop: open one for each loop")
-        return self._database
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
@@ -169,11 +167,11 @@ class CommandBus:
         )
         outgoing = self._outgoing(request)
         if connection is not None:
-            row = outgoing.row(look_up=outgoing.own_id)
+            row = outgoing.row(minted=outgoing.minted)
             with refusals_of(f"command {outgoing.command_id}"):
                 (outcome,) = await execute_on(connection, _calls.send([row]))
         else:
-            self.database  # noqa: B018 - checks that the bus is open here
+            self._check_open()
             outcome = await self._buffer.send(outgoing, self._send_timeout)
         return _receipt(outgoing, outcome)
 
@@ -190,7 +188,7 @@ class CommandBus:
             with refusals_of("the batch"):
                 async with savepoint_on(connection):
                     for chunk in _chunks(everything):
-                        rows = [outgoing.row(look_up=outgoing.own_id) for outgoing in chunk]
+                        rows = [outgoing.row(minted=outgoing.minted) for outgoing in chunk]
                         _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
             return receipts
         for chunk in _chunks(everything):
@@ -216,6 +214,9 @@ class CommandBus:
             await database.run(_calls.wake(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
+        given: object = request
+        if not isinstance(given, SendRequest):
+            raise InvalidCommandError(f"a {type(given).__name__} is no command: give a SendRequest")
         headers = dict(request.headers or {})
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers, new_id())
@@ -226,7 +227,7 @@ class CommandBus:
         end = loop.time() + self._send_timeout
         maybe_sent = False
         while True:
-            rows = [outgoing.row(look_up=outgoing.own_id or maybe_sent) for outgoing in chunk]
+            rows = [outgoing.row(minted=outgoing.minted and not maybe_sent) for outgoing in chunk]
             try:
                 with refusals_of("a chunk of the batch"):
                     return await self.database.run(_calls.send(rows))
@@ -249,7 +250,7 @@ class CommandBus:
     async def get_command(self, command: Receipt | str, command_id: UUID | None = None) -> Command:
         """Return a command, by its receipt or by domain and id. Raises `CommandNotFoundError`."""
         domain, command_id = _key(command, command_id)
-        found = await self.database.read(_queries.get_command(domain, command_id))
+        found = await self.database.repeat(_queries.get_command(domain, command_id))
         if found is None:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
         return found
@@ -264,14 +265,14 @@ class CommandBus:
         cursor: str | None = None,
     ) -> Page[Command]:
         """Return a page of commands, unfinished and finished, newest first within a domain. `limit`: 1 to 1,000."""
-        return await self.database.read(
+        return await self.database.repeat(
             _queries.query_commands(domain=domain, status=status, command_type=command_type, limit=limit, cursor=cursor)
         )
 
     async def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
         """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
         domain, command_id = _key(command, command_id)
-        events = await self.database.read(_queries.audit_trail(domain, command_id))
+        events = await self.database.repeat(_queries.audit_trail(domain, command_id))
         if not events:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
         return events
@@ -284,11 +285,11 @@ class CommandBus:
         command_type: str | None = None,
     ) -> int:
         """Count the commands that are kept, finished ones included."""
-        return await self.database.read(_queries.count(domain, status, command_type))
+        return await self.database.repeat(_queries.count(domain, status, command_type))
 
     async def stats(self, *, domain: str | None = None) -> list[Stat]:
         """Count what is unfinished, by domain, type and status, each with the time its oldest was sent."""
-        return await self.database.read(_queries.stats(domain))
+        return await self.database.repeat(_queries.stats(domain))
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
@@ -310,7 +311,7 @@ class CommandBus:
 
     async def _check_schema(self) -> None:
         try:
-            found: tuple[int | None, int | None] = await self._database.read(_queries.schema())
+            found: tuple[int | None, int | None] = await self._database.repeat(_queries.schema())
         except SchemaError:
             found = None, None
         problem = explain_mismatch(*found)
@@ -331,14 +332,14 @@ def _settle(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt])
 
 
 def _receipt(outgoing: Outgoing, outcome: str) -> Receipt:
-    if outcome == "conflict" and outgoing.own_id:
+    if outcome == "conflict" and not outgoing.minted:
         raise CommandIdConflictError(
             f'command {outgoing.command_id} was sent to "{outgoing.domain}" before, with another type or other data: '
             "nothing was written; use a new id",
             outgoing.command_id,
         )
     # An id made for this send is known already only when this very send was repeated on a new connection.
-    return Receipt(outgoing.domain, outgoing.command_id, outgoing.own_id and outcome == "duplicate")
+    return Receipt(outgoing.domain, outgoing.command_id, not outgoing.minted and outcome == "duplicate")
 
 
 def _key(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:

@@ -5,7 +5,7 @@
     ├── CommandNotFoundError      no command has this id in this domain        CB002
     ├── CommandStateError         its status does not allow this; another verb won   CB003
     ├── CommandIdConflictError    the id was already sent with other contents
-    ├── LeaseLostError            the lease ended before the outcome was recorded
+    ├── LeaseLostError            the outcome of a delivery can no longer be recorded
     ├── SendTimeoutError          the command was withdrawn: it was not sent
     ├── OutcomeUnknownError       it may or may not have been sent; carries the id
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
@@ -63,40 +63,42 @@ class ConfigurationError(CommandBusError):
     sqlstate = "CB004"
 
 
-class CommandIdConflictError(CommandBusError):
-    """The id was already sent with another type or other data; nothing was written. Use a new id."""
+class _OfCommandError(CommandBusError):
+    """An error that names its command; survives pickling and copying."""
 
     def __init__(self, message: str, command_id: UUID) -> None:
-        super().__init__(message)
+        super().__init__(message, command_id)
         self.command_id = command_id
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CommandIdConflictError(_OfCommandError):
+    """The id was already sent with another type or other data; nothing was written. Use a new id."""
 
 
 class LeaseLostError(CommandBusError):
-    """The lease ended before the outcome was recorded; nothing was written. Another delivery owns the command."""
+    """The outcome of this delivery can no longer be recorded: its lease is lost, or its time is over. Stop."""
 
 
-class SendTimeoutError(CommandBusError):
+class SendTimeoutError(_OfCommandError):
     """The command was withdrawn before it left: it was not sent. Sending it again is safe."""
 
-    def __init__(self, message: str, command_id: UUID) -> None:
-        super().__init__(message)
-        self.command_id = command_id
 
-
-class OutcomeUnknownError(CommandBusError):
+class OutcomeUnknownError(_OfCommandError):
     """The command may or may not have been sent. Send it again with the same `command_id`: that is idempotent."""
-
-    def __init__(self, message: str, command_id: UUID) -> None:
-        super().__init__(message)
-        self.command_id = command_id
 
 
 class PartialSendError(CommandBusError):
     """A chunk of `send_batch` failed. `receipts` are of the commands that are durable; the cause is chained."""
 
     def __init__(self, message: str, receipts: Sequence[Receipt]) -> None:
-        super().__init__(message)
+        super().__init__(message, tuple(receipts))
         self.receipts = tuple(receipts)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class DatabaseUnavailableError(CommandBusError):
@@ -123,10 +125,13 @@ class CommandError(CommandBusError):
     """
 
     def __init__(self, code: str, message: str = "", details: object = None) -> None:
-        super().__init__(f"{code}: {message}" if message else code)
+        super().__init__(code, message, details)
         self.code = code
         self.message = message
         self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" if self.message else str(self.code)
 
 
 class TransientCommandError(CommandError):

@@ -180,6 +180,7 @@ class HandlerRegistry:
         key = (mark.domain, mark.command_type)
         if key in self._handlers:
             raise ConfigurationError(f'command type "{mark.command_type}" of "{mark.domain}" has a handler already')
+        _check_parameters(mark, function)
         blocking = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__))
         if blocking and mark.transactional:
             raise ConfigurationError(
@@ -196,3 +197,14 @@ class HandlerRegistry:
             mark.retry or RetryPolicy(),
             mark.timeout,
         )
+
+
+def _check_parameters(mark: _Mark, function: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError as error:
+        raise ConfigurationError(
+            f'the handler of "{mark.command_type}" cannot be called with a command and a context: {error}'
+        ) from None
+    except ValueError:
+        return  # a function in C that does not tell

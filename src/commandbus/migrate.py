@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from commandbus.errors import ConfigurationError, SchemaError
+from commandbus._database import conninfo
+from commandbus._failures import unavailable
+from commandbus.errors import SchemaError
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -48,24 +50,26 @@ def migrations() -> tuple[Migration, ...]:
     return tuple(_read(file) for file in _sql_files("migrations"))
 
 
-def migrate(dsn: str) -> list[str]:
+def migrate(dsn: str | None = None) -> list[str]:
     """Bring the database to this version. Returns the names of the migrations that were applied, perhaps none.
 
+    `dsn`: default `$COMMAND_BUS_DSN`.
+
     Durable, all or nothing, when it returns. Idempotent; of two at once the second waits and finds nothing to do.
-    Raises `SchemaError` when the database is ahead of this version: it never goes backwards.
+    Raises `DatabaseUnavailableError`, or `SchemaError` when the database is ahead of this version: it never goes back.
     """
     with _connect(dsn) as connection:
         connection.execute(_LOCK)
         connection.execute(_SCHEMA)
-        pending = _pending(connection)
-        for migration in pending:
+        missing = _pending(connection)
+        for migration in missing:
             connection.execute(migration.sql.encode())
             connection.execute(migration.record.encode())
         connection.execute(_code().encode())
-    return [migration.name for migration in pending]
+    return [migration.name for migration in missing]
 
 
-def pending(dsn: str) -> list[str]:
+def pending(dsn: str | None = None) -> list[str]:
     """Return the names of the migrations that `migrate` would apply; changes nothing. Raises as `migrate` does."""
     with _connect(dsn) as connection:
         return [migration.name for migration in _pending(connection)]
@@ -94,11 +98,11 @@ def explain_mismatch(version: int | None, oldest_client: int | None) -> str | No
     return None
 
 
-def _connect(dsn: str) -> psycopg.Connection:
+def _connect(dsn: str | None) -> psycopg.Connection:
     try:
-        return psycopg.connect(dsn, application_name="commandbus migrate")
-    except psycopg.ProgrammingError:
-        raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
+        return psycopg.connect(conninfo(dsn, "commandbus migrate"))
+    except psycopg.OperationalError as error:
+        raise unavailable(error) from None
 
 
 def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:

@@ -29,8 +29,11 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not 1 <= self.max_attempts <= _MAX_ATTEMPTS:
             raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be 1 to {_MAX_ATTEMPTS:,}")
-        if not self.backoff or not all(timedelta(0) <= wait <= _MAX_WAIT for wait in self.backoff):
-            raise ConfigurationError(f"backoff must name at least one wait, each 0 to {_MAX_WAIT.days} days")
+        waits: Sequence[object] = self.backoff
+        if not waits or not all(isinstance(wait, timedelta) and timedelta(0) <= wait <= _MAX_WAIT for wait in waits):
+            raise ConfigurationError(
+                f"backoff must name at least one wait, each a timedelta of 0 to {_MAX_WAIT.days} days"
+            )
         if not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"jitter is {self.jitter}: it must be between 0 and 1")
 

@@ -26,12 +26,12 @@ class TroubleshootingQueue:
     ) -> Page[Command]:
         """Return a page of parked commands with their errors, the longest parked first. `limit`: 1 to 1,000."""
         call = _queries.list_troubleshooting(domain=domain, command_type=command_type, limit=limit, cursor=cursor)
-        return await self._bus.database.read(call)
+        return await self._bus.database.repeat(call)
 
     async def count_troubleshooting(self, domain: str | None = None, *, command_type: str | None = None) -> int:
         """Count the parked commands, of one domain or of all."""
         call = _queries.count(domain, CommandStatus.IN_TROUBLESHOOTING_QUEUE, command_type)
-        return await self._bus.database.read(call)
+        return await self._bus.database.repeat(call)
 
     async def operator_retry(
         self, domain: str, command_id: UUID, *, data: Json = None, operator: str, reason: str | None = None

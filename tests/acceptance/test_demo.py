@@ -22,14 +22,13 @@ from psycopg import sql
 from commandbus import CommandBus, CommandStatus, HandlerRegistry, Worker
 from commandbus.demo import example
 from commandbus.embedded import EmbeddedPostgres
+from tests.acceptance.embedded_support import needs_proc
 from tests.support import aeventually, eventually
 
 KEYS = ["sent", "completed", "failed", "parked", "retried", "taken_over", "balanced"]
 SMALL = "import sys, pathlib, commandbus.demo as d; a = map(pathlib.Path, sys.argv[1:]); "
 SMALL += "sys.exit(d.run(json_output=True, data_dir=next(a), transfers=next(a)))"
 AT_REST = (CommandStatus.IN_TROUBLESHOOTING_QUEUE,)
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 
 
 def make(folder: Path, count: int, *, misspelt: int = 1, malformed: int = 1, uncovered: int = 3) -> Path:

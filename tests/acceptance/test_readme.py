@@ -42,6 +42,8 @@ ELSEWHERE = {
     "scripts/test": "it runs this test",
     "pip install": "what is tested is installed already",
     "commandbus dev": "the fixture `dsn` stands for its database",
+    "commandbus migrate --print >": "tests/sql/test_migrate.py runs what it prints",
+    "psql": "it need not be installed",
 }
 LOOKS = ("commandbus show", "commandbus troubleshooting list")  # a newcomer looks again until it is there
 
@@ -270,7 +272,11 @@ def test_the_diagram_of_states_is_that_of_the_functions() -> None:
 
 def test_the_reference_of_errors_names_each_class_and_its_code() -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8")
-    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    classes = [
+        value
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, Exception) and not name.startswith("_")
+    ]
     rows = dict(re.findall(r"^\| `(\w+Error)` \| ([^|]*?) ?\|", page, re.MULTILINE))
     for cls in classes:
         if cls is not errors.CommandBusError:
@@ -278,6 +284,15 @@ def test_the_reference_of_errors_names_each_class_and_its_code() -> None:
             sqlstate = getattr(cls, "sqlstate", None)
             assert sqlstate is None or rows[cls.__name__] == f"`{sqlstate}`"
     assert set(rows) <= {cls.__name__ for cls in classes}
+
+
+def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> None:
+    page = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8")
+    named = re.findall(r"^\| `([A-Z_]+)` \| [^|]* \|$", page, re.MULTILINE)
+    worker = "".join(path.read_text("utf-8") for path in (SQL.parent / "worker").glob("*.py"))
+    sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
+    given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
+    assert sorted(named) == sorted(set(given))
 
 
 def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> None:

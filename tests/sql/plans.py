@@ -57,7 +57,7 @@ def nodes(plan: Node) -> Iterator[Node]:
 
 def _reads_all(node: Node, table: str) -> bool:
     """Whether a scan of this table lies below, with no LIMIT in between."""
-    if node["Node Type"] == "Limit":
+    if node["Node Type"] in {"Limit", "Tid Scan"}:  # a few rows, whatever is below
         return False
     scans = node["Node Type"].endswith("Scan") and node.get("Relation Name") == table
     return scans or any(_reads_all(below, table) for below in node.get("Plans", []))

@@ -120,8 +120,9 @@ def test_rivals_pass_over_what_the_others_hold(db: Connection, connect: Connect)
     send_numbers(db, *MIXED)
     sessions = [impatient(connect()) for _ in range(4)]
     db.execute(
-        """SELECT commandbus._mark('d', t, commandbus._place(p::smallint))
-           FROM unnest('{A,B,C}'::text[]) t, generate_series(-1, 1) p"""
+        """INSERT INTO commandbus.claim_mark
+           SELECT 'd', t, p >> 54, p + 4096
+           FROM unnest('{A,B,C}'::text[]) t, generate_series(-1, 1) n, commandbus._place(n::smallint) p"""
     )
     taken = [numbers(claim(session, 2, parts=segments("A", "B", "C"))) for session in sessions]
     assert sorted(number for part in taken for number in part) == list(range(8))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 from functools import partial
+from uuid import uuid4
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.sql.support import (
     operator_verb,
     outcome,
     rows,
+    send,
     send_ids,
     shift,
     sqlstate,
@@ -135,7 +137,7 @@ def test_making_weeks_blocks_nobody_whose_week_is_there(db: Connection, connect:
     make_weeks(maker)
     assert len(weeks(maker)) >= 10
     assert outcome(other, "complete", lease) == "done"
-    assert outcome(other, "complete", arrange(other, "IN_PROGRESS", own_id=True)) == "done"
+    assert outcome(other, "complete", arrange(other, "IN_PROGRESS")) == "done"
     assert status_of(other, lease["command_id"]) == "COMPLETED"
     maker.commit()
     assert len(weeks(db)) >= 10
@@ -225,11 +227,11 @@ def test_a_drop_that_is_blocked_says_by_whom(db: Connection, connect: Connect) -
 
 
 def test_a_dropped_id_may_be_sent_again(db: Connection) -> None:
-    (command_id,) = send_ids(db, own_id=True)
+    (command_id,) = send_ids(db)
     assert outcome(db, "complete", item(claim(db)[0])) == "done"
     shift(db, 38 * DAY)
     drop_expired(db)
-    assert send_ids(db, command_id=command_id, own_id=True) == [command_id]
+    assert send_ids(db, command_id=command_id) == [command_id]
 
 
 def test_dropped_weeks_of_a_year(db: Connection) -> None:
@@ -253,3 +255,40 @@ def test_a_finish_waits_for_a_week_that_is_being_made(db: Connection, connect: C
         maker.commit()
         assert waiting.result() == "ok"
     assert status_of(db, lease["command_id"]) == "COMPLETED"
+
+
+# --------------------------------------------------------------------------- an id that history knows
+
+
+def test_an_own_id_is_looked_up_in_history_unless_it_says_that_it_is_minted(db: Connection) -> None:
+    """A sender in another language gives an id, and says nothing of where it comes from."""
+    own = {"command_id": str(uuid4())}
+    assert send(db, own) == [(own["command_id"], "accepted")]
+    assert send(db, own) == [(own["command_id"], "duplicate")]
+    assert operator_verb(db, "cancel", own["command_id"]) == "ok"
+    before = everything(db)
+    assert send(db, own) == [(own["command_id"], "duplicate")]
+    assert send(db, own, data={"n": 2}) == [(own["command_id"], "conflict")]
+    assert send(db, own, minted=False) == [(own["command_id"], "duplicate")]
+    assert send(db, own, minted=None) == [(own["command_id"], "duplicate")]
+    assert everything(db) == before
+    assert one(db, "SELECT count(*) FROM commandbus.commands") == 1
+    assert status_of(db, own["command_id"]) == "CANCELED"
+
+
+def test_own_and_minted_ids_in_one_call(db: Connection) -> None:
+    known, fresh, minted = ({"command_id": str(uuid4())} for _ in range(3))
+    send(db, known)
+    assert operator_verb(db, "cancel", known["command_id"]) == "ok"
+    found = send(db, known, fresh, {**minted, "minted": True}, fresh, {"command_id": None})
+    assert [outcome for _, outcome in found] == ["duplicate", "accepted", "accepted", "duplicate", "accepted"]
+    assert one(db, "SELECT count(*) FROM commandbus.commands") == 4
+
+
+@pytest.mark.parametrize("nonsense", ["for ever", "", "-1 days", "0", "23 hours", "NULL"])
+def test_a_retention_that_makes_no_sense_is_refused(db: Connection, nonsense: str) -> None:
+    value = None if nonsense == "NULL" else nonsense
+    update = "UPDATE commandbus.setting SET value = %s WHERE name = 'retention'"
+    assert sqlstate(lambda: db.execute(update, [value])) in {"22007", "23514", "23502"}
+    assert one(db, "SELECT value FROM commandbus.setting WHERE name = 'retention'") == "30 days"
+    assert drop_expired(db) == {}

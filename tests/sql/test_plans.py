@@ -125,7 +125,7 @@ NONE: dict[str, set[str]] = {verb: set() for verb in MUST}
 def verbs(db: Connection) -> dict[str, Callable[[], object]]:
     """Calls of every verb, each on a few commands of its own."""
     leases = [item(row, kind="X") for row in claim(db, 80)]
-    own: Row = {"command_id": str(uuid4()), "own_id": True}
+    own: Row = {"command_id": str(uuid4())}
     calls: dict[str, Callable[[], object]] = {
         "claim": lambda: claim(db, 10),
         "claim of two types": lambda: claim(db, 10, parts=segments("A", "B")),

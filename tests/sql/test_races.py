@@ -63,7 +63,7 @@ def act(db: Connection, verb: str, lease: Row) -> str:
     if verb in OPERATOR_VERBS:
         return operator_verb(db, verb, lease["command_id"])
     if verb == "send again":
-        ((_, word),) = send(db, {"command_id": lease["command_id"], "own_id": True})
+        ((_, word),) = send(db, {"command_id": lease["command_id"]})
         return word
     if verb == "claim":
         return str(len(claim(db)))
@@ -272,7 +272,7 @@ def drain(connection: Connection, worker: str) -> list[str]:
 def test_sends_and_completions_of_the_same_ids_never_lose_or_double(db: Connection, connect: Connect) -> None:
     """Four senders send the same ids over and over while two workers finish them."""
     ids = [f"{number:08x}-0000-4000-8000-000000000000" for number in range(40)]
-    batch = payload(*[{"command_id": command_id, "own_id": True} for command_id in ids])
+    batch = payload(*[{"command_id": command_id} for command_id in ids])
     with background() as pool:
         senders = [pool.submit(send_often, connect(autocommit=True), batch) for _ in range(4)]
         workers = [pool.submit(work, connect(autocommit=True), senders) for _ in range(2)]

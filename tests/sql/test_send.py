@@ -48,7 +48,7 @@ LAST = "ffffffff-ffff-4fff-8fff-ffffffffffff"  # after OWN
 
 
 def send_own(db: Connection, command_id: str = OWN, **more: object) -> str:
-    ((_, word),) = send(db, {"command_id": command_id, "own_id": True}, **more)
+    ((_, word),) = send(db, {"command_id": command_id}, **more)
     return word
 
 
@@ -66,7 +66,7 @@ SECOND: list[tuple[Row, str]] = [
 @pytest.mark.parametrize("status", STATUSES[:-1])
 @pytest.mark.parametrize(("again", "expected"), SECOND)
 def test_an_own_id_sent_again(db: Connection, status: str, again: Row, expected: str) -> None:
-    command_id = arrange(db, status, command_id=OWN, own_id=True)["command_id"]
+    command_id = arrange(db, status, command_id=OWN)["command_id"]
     before = everything(db)
     assert send_own(db, command_id, **again) == expected
     assert (everything(db) == before) is (expected != "accepted")
@@ -74,7 +74,7 @@ def test_an_own_id_sent_again(db: Connection, status: str, again: Row, expected:
 
 def test_no_data_is_null(db: Connection) -> None:
     assert send_own(db, data=None) == "accepted"
-    without = json.dumps([{"domain": "d", "command_type": "A", "command_id": OWN, "own_id": True}])
+    without = json.dumps([{"domain": "d", "command_type": "A", "command_id": OWN}])
     assert one(db, "SELECT outcome FROM commandbus.send_v1(%s)", without) == "duplicate"
     assert send_own(db, data={}) == "conflict"
     assert claim(db)[0]["data"] == "null"
@@ -87,7 +87,7 @@ def test_the_same_contents_in_another_spelling_are_a_duplicate(db: Connection) -
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_what_counts_is_what_was_first_sent(db: Connection, *, finished: bool) -> None:
-    arrange(db, "IN_TROUBLESHOOTING_QUEUE", command_id=OWN, own_id=True)
+    arrange(db, "IN_TROUBLESHOOTING_QUEUE", command_id=OWN)
     db.execute("SELECT commandbus.operator_retry_v1('d', %s, 'ana', 'why', %s)", [OWN, '{"n": 2}'])
     if finished:
         db.execute("SELECT commandbus.cancel_v1('d', %s, 'ana', 'why')", [OWN])
@@ -98,9 +98,9 @@ def test_what_counts_is_what_was_first_sent(db: Connection, *, finished: bool) -
 @pytest.mark.parametrize("finished", [False, True])
 def test_twice_in_one_call(db: Connection, *, finished: bool) -> None:
     if finished:
-        arrange(db, "COMPLETED", command_id=OWN, own_id=True)
-    own = {"command_id": OWN, "own_id": True}
-    answer = send(db, own, {**own, "data": {"n": 2}}, own, {"command_id": FIRST, "own_id": True})
+        arrange(db, "COMPLETED", command_id=OWN)
+    own = {"command_id": OWN}
+    answer = send(db, own, {**own, "data": {"n": 2}}, own, {"command_id": FIRST})
     first = "duplicate" if finished else "accepted"
     assert answer == [(OWN, first), (OWN, "conflict"), (OWN, "duplicate"), (FIRST, "accepted")]
     if not finished:
@@ -111,7 +111,7 @@ def test_answers_come_in_the_order_of_what_was_sent(db: Connection) -> None:
     send_own(db, FIRST)
     send_own(db, LAST, data=7)
     ids = [LAST, str(uuid4()), OWN, FIRST]
-    answer = send(db, *[{"command_id": command_id, "own_id": True} for command_id in ids], {})
+    answer = send(db, *[{"command_id": command_id} for command_id in ids], {})
     assert answer[:4] == list(zip(ids, ["conflict", "accepted", "accepted", "duplicate"], strict=True))
     assert answer[4][1] == "accepted"
     assert UUID(answer[4][0]).int not in {UUID(command_id).int for command_id in ids}
@@ -129,7 +129,7 @@ def test_a_minted_id_is_not_looked_up_in_history(db: Connection) -> None:
     for own_id in (False, True):
         with db.transaction():
             before = one(db, sql)
-            send(db, *[{"command_id": str(uuid4()), "own_id": own_id} for _ in range(10)])
+            send(db, *[{"command_id": str(uuid4()), "minted": not own_id} for _ in range(10)])
             probes[own_id] = one(db, sql) - before
     assert probes[False] == 0
     assert probes[True] >= 10
@@ -199,7 +199,7 @@ WRONG: list[tuple[str, list[object]]] = [
 @pytest.mark.parametrize("own_id", [False, True])
 def test_wrong_input_is_named(db: Connection, field: str, value: object, *, own_id: bool) -> None:
     with pytest.raises(psycopg.Error, match=f": {field} is missing or out of bounds") as caught:
-        send(db, {}, {"command_id": OWN, "own_id": own_id, field: value}, {})
+        send(db, {}, {"command_id": OWN, "minted": not own_id, field: value}, {})
     assert caught.value.sqlstate == "CB001"
     assert OWN in str(caught.value)
     assert everything(db) == []
@@ -219,7 +219,7 @@ def test_what_postgresql_cannot_read_is_a_data_error(db: Connection, more: Row) 
 @pytest.mark.parametrize("known", ["absent", "PENDING", "COMPLETED"])
 def test_an_own_id_above_read_committed(db: Connection, connect: Connect, level: str, known: str) -> None:
     if known != "absent":
-        arrange(db, known, command_id=OWN, own_id=True)
+        arrange(db, known, command_id=OWN)
     before = everything(db)
     caller = connect()
     caller.execute(f"SET TRANSACTION ISOLATION LEVEL {level}".encode())
@@ -258,10 +258,10 @@ def test_a_sender_waits_no_longer_than_it_said(db: Connection, connect: Connect)
     other, caller = connect(), connect()
     send_own(other)
     sql = "SELECT outcome FROM commandbus.send_v1(%s, 20)"
-    assert sqlstate(lambda: caller.execute(sql, [payload({"command_id": OWN, "own_id": True}, {})])) == "55P03"
+    assert sqlstate(lambda: caller.execute(sql, [payload({"command_id": OWN}, {})])) == "55P03"
     caller.rollback()
     other.rollback()
-    assert caller.execute(sql, [payload({"command_id": OWN, "own_id": True})]).fetchall() == [("accepted",)]
+    assert caller.execute(sql, [payload({"command_id": OWN})]).fetchall() == [("accepted",)]
     caller.rollback()
     assert one(caller, "SELECT current_setting('lock_timeout')") == "0"
 
@@ -271,7 +271,7 @@ def test_a_predecessor_that_vanished_is_a_matter_of_trying_again(db: Connection,
     send_own(db, FIRST)
     twin, caller = connect(), impatient(connect(autocommit=True))
     send_own(twin, LAST)
-    both = [{"command_id": command_id, "own_id": True} for command_id in (FIRST, LAST)]
+    both = [{"command_id": command_id} for command_id in (FIRST, LAST)]
     with background() as pool:
         waiting = pool.submit(lambda: sqlstate(lambda: send(caller, *both)))
         waits(db, caller)
@@ -296,11 +296,7 @@ def test_senders_of_the_same_ids_in_any_order_do_not_deadlock(connect: Connect) 
 
 
 def send_batches(caller: Connection, batches: list[list[str]]) -> list[str]:
-    return [
-        word
-        for ids in batches
-        for _, word in send(caller, *[{"command_id": command_id, "own_id": True} for command_id in ids])
-    ]
+    return [word for ids in batches for _, word in send(caller, *[{"command_id": command_id} for command_id in ids])]
 
 
 def test_a_command_scheduled_and_finished_is_known_too(db: Connection) -> None:

@@ -60,10 +60,10 @@ def test_every_option_is_in_the_row() -> None:
 
 def test_a_row_that_is_looked_up_says_so() -> None:
     one = outgoing(SendRequest("d", "A", {}))
-    assert "own_id" not in json.loads(one.row(look_up=False))
-    assert json.loads(one.row(look_up=True)) == json.loads(one.text) | {"own_id": True}
-    assert not one.own_id
-    assert outgoing(SendRequest("d", "A", {}, command_id=uuid4())).own_id
+    assert json.loads(one.row(minted=True)) == json.loads(one.text) | {"minted": True}
+    assert json.loads(one.row(minted=False)) == json.loads(one.text)
+    assert one.minted
+    assert not outgoing(SendRequest("d", "A", {}, command_id=uuid4())).minted
 
 
 def test_text_is_ascii_whatever_the_data() -> None:

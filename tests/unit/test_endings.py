@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commandbus import BusinessRuleError, PermanentCommandError, RetryPolicy, TransientCommandError
+from commandbus._calls import MAX_BYTES
 from commandbus.handlers import Handler
-from commandbus.worker.endings import MAX_TEXT, Completed, Failed, completed, failed, refused, storable
+from commandbus.worker.endings import MAX_TEXT, Completed, Failed, completed, failed, storable, unreadable
 
 
 async def _function(*_: object) -> None:
@@ -66,27 +67,38 @@ def test_the_words_of_a_verdict_are_kept() -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=10))
 def test_a_result_of_json_is_completed(result: object) -> None:
-    ending = completed(result, HANDLER, 1)
+    ending = completed(result)
     assert isinstance(ending, Completed)
     assert json.loads(ending.result) == result
 
 
-@pytest.mark.parametrize("result", [object(), {1, 2}, float("inf"), b"x"], ids=["object", "set", "inf", "bytes"])
-def test_any_other_result_is_a_permanent_failure(result: object) -> None:
-    ending = completed(result, HANDLER, 1)
-    assert isinstance(ending, Failed)
-    assert (ending.kind, error_of(ending)["code"]) == ("PERMANENT", "RESULT_NOT_JSON")
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        (object(), "RESULT_NOT_JSON"),
+        ({1, 2}, "RESULT_NOT_JSON"),
+        (float("inf"), "RESULT_NOT_JSON"),
+        (b"x", "RESULT_NOT_JSON"),
+        ("x" * MAX_BYTES, "RESULT_TOO_LARGE"),
+    ],
+    ids=["object", "set", "inf", "bytes", "too large"],
+)
+def test_any_other_result_is_a_permanent_failure(result: object, code: str) -> None:
+    with pytest.raises(PermanentCommandError) as caught:
+        completed(result)
+    assert caught.value.code == code
 
 
-def test_what_postgresql_refuses_is_a_permanent_failure_that_says_why() -> None:
-    ending = refused("no NUL please", HANDLER)
-    assert (ending.kind, error_of(ending)) == ("PERMANENT", {"code": "UNSTORABLE", "message": "no NUL please"})
+def test_data_that_cannot_be_read_are_a_permanent_failure_that_says_why() -> None:
+    ending = failed(unreadable(ValueError("too many digits")), HANDLER, 1)
+    error = {"code": "UNREADABLE", "message": "the data cannot be read: too many digits"}
+    assert (ending.kind, error_of(ending)) == ("PERMANENT", error)
 
 
 @given(st.text(st.characters(), max_size=50), st.integers(0, MAX_TEXT * 2))
 def test_text_is_made_storable(text: str, length: int) -> None:
     found = storable(text + "x" * length)
-    assert len(found) <= MAX_TEXT + 1
+    assert len(found) <= MAX_TEXT
     assert "\0" not in found
     found.encode("utf-8")
 

@@ -96,7 +96,7 @@ class Book(Ledger):
     """Inherits one mark, overrides the other."""
 
     @handler("d", "Debit")
-    def debit(self, command: Command, context: HandlerContext) -> None:  # type: ignore[override, explicit-override]
+    def debit(self, command: Command, context: HandlerContext) -> None:  # type: ignore[override]
         return None
 
 

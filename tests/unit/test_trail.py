@@ -9,7 +9,7 @@ from uuid import uuid4
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commandbus._calls import LAST_PLACE, PRIORITY_LEVELS, Claimed, Segment
+from commandbus._calls import LAST_PLACE, SEQUENCE_BITS, Claimed, Segment
 from commandbus.worker.trail import SETTLE_SECONDS, Trail
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -22,7 +22,7 @@ def claimed(command_type: str, place: int | None) -> Claimed:
 
 def place(level: int, number: int) -> int:
     """The place with this number, in the line of this level of priority."""
-    return (level << PRIORITY_LEVELS) + number
+    return (level << SEQUENCE_BITS) + number
 
 
 def is_in(segments: list[Segment], command_type: str, at: int) -> bool:

@@ -96,7 +96,7 @@ async def test_a_business_rule_ends_it(bus: CommandBus) -> None:
 class Unprintable(Exception):  # noqa: N818 - a name for a test
     """Its text cannot be had."""
 
-    def __str__(self) -> str:  # type: ignore[explicit-override]
+    def __str__(self) -> str:
         raise RuntimeError("no text")
 
 
@@ -109,7 +109,7 @@ def _deep(depth: int = 100_000) -> list[Any]:
 
 def _unprintable() -> object:
     class Details:
-        def __repr__(self) -> str:  # type: ignore[explicit-override]
+        def __repr__(self) -> str:
             raise RuntimeError("no repr")
 
     return Details()

@@ -176,7 +176,7 @@ async def test_opentelemetry_goes_from_sender_to_handler(dsn: str) -> None:
 
 async def test_a_tracing_hook_that_fails_costs_the_trace_and_not_the_command(dsn: str) -> None:
     class Broken(Named):
-        def activate(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:  # type: ignore[explicit-override]
+        def activate(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:
             raise LookupError("no such trace")
 
     async with CommandBus(dsn, tracing=Broken()) as bus, running(Worker(bus, DOMAIN, registry_of(Debit=echo))):

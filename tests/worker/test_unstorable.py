@@ -84,6 +84,6 @@ async def test_data_that_cannot_be_read_parks_its_command_only(bus: CommandBus, 
                 continue
             assert (command.status, command.attempts, command.delivery) == (PARKED, 1, 1)
             assert command.error is not None
-            assert command.error.code == "UNSTORABLE"
+            assert command.error.code == "UNREADABLE"
             assert "cannot be read" in command.error.message
         assert (await settled(bus, await bus.send(DOMAIN, "Debit", "after"))).result == "after"

@@ -82,15 +82,15 @@ def show(
     terminal.print_record(terminal.fields(command) | texts)
     if command.error and command.error.details is not None:
         _print_details(command.error.details)
-    terminal.print_table(
-        "audit trail",
-        {"occurred_at": 14, "event": 0, "delivery": 0, "attempt": 0, "who": 8, "why": 20, "details": 7},
-        [
-            (e.occurred_at, e.event, e.delivery, e.attempt, e.operator or e.worker, e.reason or e.error,
-             terminal.json_cell(e.details))
-            for e in events
-        ],
-    )  # fmt: skip
+    terminal.print_entries("audit trail", map(_lines, events))
+
+
+def _lines(event: AuditEvent) -> tuple[list[object], list[object]]:
+    names = ("delivery", "attempt", "operator", "worker")
+    return (
+        [event.occurred_at, event.event, *(terminal.named(name, getattr(event, name)) for name in names)],
+        [event.reason, event.error, terminal.json_cell(event.details)],
+    )
 
 
 def _print_details(details: Json) -> None:
@@ -103,7 +103,7 @@ def _print_details(details: Json) -> None:
 
 
 async def _find_domain(bus: CommandBus, command_id: UUID) -> str:
-    match await bus.database.read(_queries.find_domains(command_id)):
+    match await bus.database.repeat(_queries.find_domains(command_id)):
         case []:
             raise CommandNotFoundError(f"no command {command_id} in any domain")
         case [domain]:

@@ -14,6 +14,7 @@ from uuid import UUID
 
 import typer
 
+from commandbus._calls import _NAME as NAME
 from commandbus.errors import ConfigurationError
 from commandbus.model import Json
 
@@ -31,7 +32,15 @@ DataDir: TypeAlias = Annotated[
     Path | None,
     typer.Option(help="The server's folder. Default: $COMMAND_BUS_DATA_DIR, else `commandbus` in your data folder."),
 ]
-Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN")]
+
+
+def _possible_domain(value: str) -> str:
+    if NAME.fullmatch(value) is None:
+        raise typer.BadParameter(f"domain is {value!r}: it must be 1 to 128 of letters, digits and _ . : -")
+    return value
+
+
+Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN", callback=_possible_domain)]
 Ids: TypeAlias = Annotated[list[UUID], typer.Argument(metavar="ID...")]
 Operator: TypeAlias = Annotated[
     str | None, typer.Option(help="Who acts; the audit trail keeps it. Default: your name on this machine.")

@@ -13,6 +13,7 @@ from commandbus.cli import terminal
 from commandbus.cli.database import ask
 from commandbus.cli.options import AsJson, Domain, Dsn, Ids, Operator, Reason, operator_name, read_json
 from commandbus.errors import CommandNotFoundError, CommandStateError
+from commandbus.model import Command
 from commandbus.troubleshooting import TroubleshootingQueue
 
 
@@ -35,13 +36,17 @@ def list_parked(
     if as_json:
         terminal.print_json(page)
     elif not page.items:
-        terminal.say("nothing is parked here")
+        of_type = f' of type "{command_type}"' if command_type else ""
+        terminal.say(f'nothing{of_type} is parked in "{domain}"')
     else:
-        columns = {"command_id": 0, "command_type": 8, "parked_at": 14, "attempts": 0, "error": 20}
-        rows = [[getattr(command, column) for column in columns] for command in page]
-        terminal.print_table(f'parked in "{terminal.safe(domain)}"', columns, rows)
+        terminal.print_entries(f'parked in "{domain}"', map(_lines, page))
         if page.next_cursor:
             terminal.say(f"there are more: --cursor {page.next_cursor}")
+
+
+def _lines(command: Command) -> tuple[list[object], list[object]]:
+    numbers = (terminal.named("attempts", command.attempts), terminal.named("parked", command.parked_at))
+    return [command.command_id, command.command_type, *numbers], [command.error]
 
 
 def retry(

@@ -19,11 +19,11 @@ import typer
 from commandbus import migrate as migrations
 from commandbus.bus import CommandBus
 from commandbus.cli import terminal
-from commandbus.cli.database import on_bus, reachable, until_stopped, valid
+from commandbus.cli.database import on_bus, until_stopped
 from commandbus.cli.options import AsJson, DataDir, Dsn, duration
 from commandbus.demo import run as run_demo
 from commandbus.embedded import EmbeddedPostgres
-from commandbus.errors import ConfigurationError
+from commandbus.errors import CommandBusError, ConfigurationError
 from commandbus.handlers import HandlerRegistry
 from commandbus.worker import Worker
 
@@ -57,7 +57,10 @@ def migrate(
     if print_:
         _print_script(as_json=as_json)
         return 0
-    names = migrations.pending(reachable(dsn)) if check else migrations.migrate(reachable(dsn))
+    try:
+        names = migrations.pending(dsn) if check else migrations.migrate(dsn)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise CommandBusError(f"{error.diag.message_primary}; run it as the owner of the database") from None
     if as_json:
         terminal.print_json({"pending" if check else "applied": names})
     elif names:
@@ -74,7 +77,11 @@ def _print_script(*, as_json: bool) -> None:
         typer.echo(migrations.script())
 
 
-def demo(*, data_dir: DataDir = None, as_json: AsJson = False) -> int:
+def demo(
+    *,
+    data_dir: Annotated[Path | None, typer.Option(help="The server's folder. Default: a temporary one.")] = None,
+    as_json: AsJson = False,
+) -> int:
     """Show the bus at work on a private PostgreSQL; $COMMAND_BUS_DSN is not looked at."""
     return run_demo(json_output=as_json, data_dir=data_dir)
 
@@ -130,7 +137,6 @@ def worker(
     terminal.log_to_stderr(
         log_level.upper(), terminal.json_line if log_format is LogFormat.JSON else terminal.text_line
     )
-    dsn = valid(dsn)
     lease_time, grace_time = duration("--lease", lease), duration("--grace", grace)
     with until_stopped():
         handlers = _load(registry)
@@ -154,14 +160,22 @@ def _load(place: str) -> HandlerRegistry:
     module, _, name = place.partition(":")
     if not module or not name:
         raise typer.BadParameter(f"{place} is not MODULE:REGISTRY, such as shop.handlers:registry")
+    if module.endswith(".py"):
+        parts = Path(module).with_suffix("").parts
+        likely = ".".join(part for part in parts if part.isidentifier())
+        raise typer.BadParameter(f"{place} names a file, and not a module: try {likely}:{name}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigurationError(
-            f"cannot load {place}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
-        ) from error
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            why = f"no module {error.name} in {Path.cwd()}, nor among what is installed"
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            theirs = [f for f in frames if f.filename not in {__file__, importlib.__file__} and f.filename[0] != "<"]
+            where = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+            why = f"{type(error).__name__}: {error}{where}"
+        raise ConfigurationError(f"cannot load {place}: {why}") from error
     if not isinstance(found, HandlerRegistry):
         raise ConfigurationError(f"{place} is a {type(found).__name__}: it must be a HandlerRegistry")
     if not found.domains:

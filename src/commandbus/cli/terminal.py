@@ -1,4 +1,4 @@
-"""What the command line shows: lines, tables, JSON and log records.
+"""What the command line shows: lines, records, JSON and log records.
 
 Text that comes from outside (the database, an exception, an argument) is never interpreted: neither by the terminal,
 nor as Rich's markup, nor as the end of a line.
@@ -10,21 +10,19 @@ import dataclasses
 import io
 import json
 import logging
-import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from commandbus.model import Error, Json
 
-_WIDTH_OF_A_PIPE = 200
+_NARROWEST = 20  # what is narrower is left to the terminal to fold
 _LOG_KEYS = ("domain", "command_type", "command_id", "delivery", "attempt", "worker")
 
 
@@ -76,35 +74,37 @@ def fields(value: object) -> dict[str, Json]:
     return {name: getattr(value, name) for name in names}
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- text for people ---------------------------------------------------------------------------------------------------
 
 
 def print_record(record: Mapping[str, object]) -> None:
-    """Print a line for each field that has a value."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
+    """Print each field that has a value."""
+    width = max(map(len, record)) + 2
     for name, value in record.items():
         if value is not None:
-            table.add_row(name, _cell(value))
-    _console().print(table)
+            _print_folded(name.ljust(width), _cell(value), " " * width)
 
 
-def print_table(title: str, columns: Mapping[str, int], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows under a heading. The columns come with how far each may be narrowed; one with 0 keeps its width."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column, width in columns.items():
-        table.add_column(column, overflow="fold", no_wrap=not width, min_width=width or None)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    _console().print(table)
+def print_entries(title: str, entries: Iterable[tuple[Sequence[object], Sequence[object]]]) -> None:
+    """Print entries under a title: each as a line of values, and below it a line for each value that needs room."""
+    say(title)
+    for head, below in entries:
+        _print_folded("  ", "  ".join(_cell(value) for value in head if value is not None), "    ")
+        for value in below:
+            if value is not None:
+                _print_folded("    ", _cell(value), "    ")
 
 
 def print_quoted(title: str, text: str) -> None:
     """Print a text of several lines, each of them marked so that none can pass for a line of ours."""
     say(title)
     for line in text.splitlines():
-        say(f"  | {line}")
+        _print_folded("  | ", safe(line), "  | ")
+
+
+def named(name: str, value: object) -> str | None:
+    """Return a value with its name, for a line of several; None stays None."""
+    return None if value is None else f"{name}={_cell(value)}"
 
 
 def json_cell(value: Json) -> str | None:
@@ -112,21 +112,24 @@ def json_cell(value: Json) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _console() -> Console:
-    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if narrow else _WIDTH_OF_A_PIPE, highlight=False, markup=False, emoji=False)
+def _print_folded(first: str, text: str, indent: str) -> None:
+    """Print a text that begins with `first`; on a terminal folded to its width, the other lines after `indent`."""
+    lines = [text]
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns - len(indent), _NARROWEST)
+        lines = [line.plain for line in Text(text).wrap(Console(), width, overflow="fold")] or lines
+    for number, line in enumerate(lines):
+        typer.echo(f"{indent if number else first}{line}")
 
 
-def _cell(value: object) -> Text:
+def _cell(value: object) -> str:
     match value:
-        case None:
-            return Text("")
         case datetime():
-            return Text(value.isoformat(" ", "seconds"))
+            return f"{value.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
         case Error():
-            return Text(safe(f"{value.code}: {value.message}" if value.message else value.code))
+            return safe(f"{value.code}: {value.message}" if value.message else value.code)
         case _:
-            return Text(safe(value))
+            return safe(value)
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class LogLines(logging.Formatter):
         super().__init__()
         self._render = render
 
-    def format(self, record: logging.LogRecord) -> str:  # type: ignore[explicit-override] # needs Python 3.12
+    def format(self, record: logging.LogRecord) -> str:
         """Return the record as the function renders it."""
         return self._render(record)
 
@@ -149,6 +152,8 @@ def log_to_stderr(level: str, render: Callable[[logging.LogRecord], str]) -> Non
     handler = logging.StreamHandler()
     handler.setFormatter(LogLines(render))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # While the server is down it warns several times a second of what our own lines say, more and more rarely.
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 
 def text_line(record: logging.LogRecord) -> str:

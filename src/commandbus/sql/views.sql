@@ -14,13 +14,9 @@ FROM commandbus.command_history h;
 
 -- What waits for an operator; the oldest first when ordered by parked_at.
 CREATE OR REPLACE VIEW commandbus.troubleshooting AS
-SELECT c.domain, c.command_id, c.command_type, c.status, c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery,
-       c.data, c.headers, c.correlation_id, c.reply_to, NULL::jsonb AS result, c.error, c.sent_at, c.not_before,
-       c.due_at, c.parked_at, c.claimed_at, c.lease_until, c.worker, NULL::timestamptz AS finished_at
-FROM commandbus.command c
-WHERE c.parked_at IS NOT NULL;
+SELECT * FROM commandbus.commands WHERE parked_at IS NOT NULL;
 
--- How many commands are unfinished, by domain, type and status, and since when the oldest waits.
+-- How many commands are unfinished, by domain, type and status, and when the oldest of them was sent.
 CREATE OR REPLACE VIEW commandbus.stats AS
 SELECT c.domain, c.command_type, c.status, count(*) AS count, min(c.sent_at) AS oldest_sent_at
 FROM commandbus.command c

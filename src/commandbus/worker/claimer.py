@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -14,7 +15,8 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._calls import Claim, Claimed
-from commandbus._database import Database, brief
+from commandbus._database import Database
+from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.trail import Trail
 
@@ -50,7 +52,7 @@ class Claimer:
         idle: Callable[[], bool],
     ) -> None:
         self._database = database
-        self._lanes = list(lanes)
+        self._lanes = deque(lanes)
         self._worker = worker
         self._lease = lease
         self._sweep_seconds = lease.total_seconds() / 6
@@ -82,6 +84,8 @@ class Claimer:
                 await self._sleep(trouble)
                 trouble = min(_MAX_TROUBLE_PAUSE, trouble * 2)
                 continue
+            if trouble > _FIRST_PAUSE:
+                logger.info("commands can be claimed again")
             trouble = _FIRST_PAUSE
             if found:
                 pause = _FIRST_PAUSE
@@ -95,7 +99,7 @@ class Claimer:
     async def _claim_all(self) -> int:
         """Claim once for every lane with a free slot; returns how many commands were claimed."""
         found = 0
-        self._lanes.append(self._lanes.pop(0))  # another lane is first each time
+        self._lanes.rotate(-1)  # another lane is first each time
         for lane in self._lanes:
             free = lane.free()
             if free <= 0 or self._stopping:

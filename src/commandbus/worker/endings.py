@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from commandbus._calls import MAX_BYTES
+from commandbus._failures import brief
 from commandbus.errors import BusinessRuleError, CommandError, PermanentCommandError
 from commandbus.handlers import Handler
 from commandbus.model import Json
@@ -50,15 +51,15 @@ class Recorded:
 Ending: TypeAlias = Completed | Failed | Released | Recorded
 
 
-def completed(result: Json, handler: Handler, attempt: int) -> Completed | Failed:
-    """Return the ending of a handler that returned this. A result that cannot be kept is a permanent failure."""
+def completed(result: Json) -> Completed:
+    """Return the ending of a handler that returned this. Raises `PermanentCommandError` if it cannot be kept."""
     try:
         text = json.dumps(result, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
-        return failed(PermanentCommandError("RESULT_NOT_JSON", str(error)), handler, attempt)
+        raise PermanentCommandError("RESULT_NOT_JSON", str(error)) from None
     if len(text) > MAX_BYTES:
         reason = f"the result has {len(text):,} bytes: at most {MAX_BYTES:,} are kept"
-        return failed(PermanentCommandError("RESULT_TOO_LARGE", reason), handler, attempt)
+        raise PermanentCommandError("RESULT_TOO_LARGE", reason)
     return Completed(text)
 
 
@@ -81,13 +82,18 @@ def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
     return Failed(kind, text, handler.retry.wait_after(attempt), handler.retry.max_attempts)
 
 
-def refused(reason: str, handler: Handler) -> Failed:
-    """Return the ending of a command whose result the database refused, or whose data cannot be read."""
-    return failed(PermanentCommandError("UNSTORABLE", reason), handler, 1)
+def unreadable(error: Exception) -> PermanentCommandError:
+    """Return what becomes of a command whose data Python cannot read."""
+    return PermanentCommandError("UNREADABLE", f"the data cannot be read: {error}")
+
+
+def unstorable(error: Exception) -> PermanentCommandError:
+    """Return what becomes of a result that the database refuses."""
+    return PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {brief(error)}")
 
 
 def storable(value: object) -> str:
-    """Return a text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4 KiB."""
+    """Return a text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4,096 characters."""
     try:
         text = str(value)
     except Exception as error:  # noqa: BLE001 - a user's __str__

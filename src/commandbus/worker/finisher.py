@@ -12,9 +12,10 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._calls import MAX_BYTES, Answers, Call
-from commandbus._database import Database, brief, is_refusal
+from commandbus._database import Database
+from commandbus._failures import brief, is_refusal
 from commandbus.errors import CommandBusError
-from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, refused
+from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, failed, unstorable
 from commandbus.worker.leases import Lease, Leases
 
 logger = logging.getLogger("commandbus.worker")
@@ -103,7 +104,7 @@ class Finisher:
         lease, ending = outcomes[0]
         logger.error("PostgreSQL refuses the outcome: %s", brief(error), extra=lease.log_extra(self._leases.worker))
         if isinstance(ending, Completed):
-            self.put(lease, refused(f"PostgreSQL refuses the result: {brief(error)}", lease.handler))
+            self.put(lease, failed(unstorable(error), lease.handler, lease.claimed.attempts + 1))
         else:
             self._let_go(lease)  # nothing of ours is left to say: the lease runs out
 

@@ -7,8 +7,9 @@ import logging
 
 import psycopg
 
-from commandbus import _queries
-from commandbus._database import Database, brief
+from commandbus import _calls
+from commandbus._database import Database
+from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.worker")
@@ -35,9 +36,9 @@ class Housekeeper:
 
     async def _look(self) -> float:
         """Make and drop weeks; returns when to look again, in seconds."""
-        await self._database.run(_queries.make_partitions())
+        await self._database.run(_calls.make_partitions())
         pause = _PAUSE
-        for week, blocked_by in await self._database.run(_queries.drop_expired()):
+        for week, blocked_by in await self._database.run(_calls.drop_expired()):
             if blocked_by is None:
                 logger.info("the finished commands of %s were dropped: their retention is over", week)
             else:

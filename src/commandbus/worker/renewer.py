@@ -19,7 +19,8 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, brief, execute
+from commandbus._database import Database, execute
+from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.leases import Lease, Leases
 

@@ -12,12 +12,23 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import CALL_SECONDS, Database, brief, execute, is_connection_lost, is_refusal
+from commandbus._database import CALL_SECONDS, Database, execute
+from commandbus._failures import is_connection_lost, is_refusal
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.handlers import HandlerContext
 from commandbus.model import Command, Json
-from commandbus.worker.endings import Completed, Ending, Recorded, Released, completed, failed, refused
+from commandbus.worker.endings import (
+    Completed,
+    Ending,
+    Failed,
+    Recorded,
+    Released,
+    completed,
+    failed,
+    unreadable,
+    unstorable,
+)
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
 
@@ -58,11 +69,10 @@ class Runner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def wait(self, seconds: float) -> bool:
-        """Wait for all handlers; whether all ended in time."""
+    async def wait(self, seconds: float) -> None:
+        """Wait so long for all handlers to end."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        return not self._tasks
 
     async def give_up(self) -> None:
         """Stop waiting: cancel the async handlers, tell the blocking ones; their leases are released."""
@@ -84,27 +94,42 @@ class Runner:
 
     async def _ending(self, lease: Lease) -> Ending:
         """Run the handler; whatever happens is an ending, but for a cancellation from outside."""
-        handler, attempt = lease.handler, lease.claimed.attempts + 1
+        handler = lease.handler
         try:
             command = lease.claimed.command(self._worker)
         except (ValueError, RecursionError) as error:
-            return refused(f"the data cannot be read: {error}", handler)
+            return self._failed(unreadable(error), lease)
         with self._under_trace(command, lease):
             try:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
-                return completed(await self._call(lease, HandlerContext(command, lease, self._bus)), handler, attempt)
-            except (CommandError, TimeoutError) as error:
-                logger.info("the handler failed: %s", type(error).__name__, extra=lease.log_extra(self._worker))
-                return failed(error, handler, attempt)
+                return completed(await self._call(lease, HandlerContext(command, lease, self._bus)))
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
                     raise
-                return failed(TransientCommandError("CANCELLED", "cancelled from inside"), handler, attempt)
+                return self._failed(
+                    TransientCommandError("HANDLER_CANCELLED", "the handler was cancelled from inside"), lease
+                )
             except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
-                # The message stays with the command: it may quote the payload.
-                logger.warning("the handler raised %s", type(error).__name__, extra=lease.log_extra(self._worker))
-                return failed(error, handler, attempt)
+                return self._failed(error, lease)
+
+    def _failed(self, error: BaseException, lease: Lease) -> Failed:
+        """Return the ending of a handler that raised this, and log what follows from it.
+
+        The message stays with the command: it may quote the payload.
+        """
+        attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
+        ending = failed(error, lease.handler, attempt)
+        code = error.code if isinstance(error, CommandError) else type(error).__name__
+        match ending.kind:
+            case "BUSINESS":
+                level, then = logging.INFO, "it ends as FAILED"
+            case "TRANSIENT" if attempt < limit:
+                level, then = logging.WARNING, f"again in {ending.retry_in.total_seconds():.1f} s"
+            case _:
+                level, then = logging.ERROR, "it is parked in the troubleshooting queue"
+        logger.log(level, "attempt %d failed with %s: %s", attempt, code, then, extra=lease.log_extra(self._worker))
+        return ending
 
     @contextlib.contextmanager
     def _under_trace(self, command: Command, lease: Lease) -> Iterator[None]:
@@ -195,10 +220,7 @@ class Runner:
                 connection.transaction(),
             ):
                 before = await execute(connection, _calls.transaction(), CALL_SECONDS)
-                result = await self._call(lease, HandlerContext(command, lease, self._bus, connection))
-                ending = completed(result, lease.handler, command.attempts + 1)
-                if not isinstance(ending, Completed):
-                    raise PermanentCommandError("RESULT_NOT_JSON", "the result cannot be written as JSON")
+                ending = completed(await self._call(lease, HandlerContext(command, lease, self._bus, connection)))
                 if before != await execute(connection, _calls.transaction(last=True), CALL_SECONDS):
                     raise PermanentCommandError(
                         "TRANSACTION_ENDED",
@@ -227,7 +249,7 @@ class Runner:
             except psycopg.Error as error:
                 if not is_refusal(error):
                     raise
-                raise PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {brief(error)}") from None
+                raise unstorable(error) from None
             match answers[lease.claimed.command_id]:
                 case "done":
                     return

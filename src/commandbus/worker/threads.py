@@ -29,10 +29,9 @@ def pool_size(given: int | None) -> int:
 
 
 class HandlerThreads:
-    """Up to `size` threads, started as they are needed, that run what they are given."""
+    """Threads that run what they are given, started as they are needed; the caller bounds how many."""
 
-    def __init__(self, size: int, name: str) -> None:
-        self.size = size
+    def __init__(self, name: str) -> None:
         self._name = name
         self._work: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []

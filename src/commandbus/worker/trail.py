@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from commandbus._calls import LAST_PLACE, PRIORITY_LEVELS, Claimed, Segment
+from commandbus._calls import LAST_PLACE, SEQUENCE_BITS, Claimed, Segment
 
 SETTLE_SECONDS = 2.0
 """What is remembered trails what was seen by this: concurrent senders commit out of order."""
@@ -28,7 +28,7 @@ class Trail:
         """Remember the places that a claim has reached."""
         for command in commands:
             if command.place is not None:
-                key = (command.command_type, command.place >> PRIORITY_LEVELS)
+                key = (command.command_type, command.place >> SEQUENCE_BITS)
                 self._newest[key] = max(command.place, self._newest.get(key, -1))
         if now - self._turned_at >= SETTLE_SECONDS:
             self._turned_at = now
@@ -44,7 +44,7 @@ class Trail:
         for command_type in self._types:
             start = -1
             for level, floor in sorted((level, f) for (t, level), f in self._floors.items() if t == command_type):
-                before, last = (level << PRIORITY_LEVELS) - 1, ((level + 1) << PRIORITY_LEVELS) - 1
+                before, last = (level << SEQUENCE_BITS) - 1, ((level + 1) << SEQUENCE_BITS) - 1
                 if start < before:
                     segments.append((command_type, start, before))
                 segments.append((command_type, floor, last))

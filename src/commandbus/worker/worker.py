@@ -61,7 +61,7 @@ class Worker:
             raise ConfigurationError(f"the lease is {lease}: it must be at least one second")
         if grace < timedelta(0):
             raise ConfigurationError(f"the grace is {grace}: it must not be below zero")
-        self.domains = [domain] if isinstance(domain, str) else list(domain)
+        self.domains = [domain] if isinstance(domain, str) else list(dict.fromkeys(domain))
         self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._handlers = registry.of_domains(self.domains)
         self._registry = registry
@@ -121,7 +121,7 @@ class Worker:
     # -- composing -----------------------------------------------------------------------------------------------------
 
     def _compose(self, database: Database, transactions: Database | None) -> None:
-        self._threads = HandlerThreads(self._thread_pool_size, self.name)
+        self._threads = HandlerThreads(self.name)
         self._finisher = Finisher(database, self._leases, self._freed)
         self._runner = Runner(
             worker=self.name,
@@ -215,6 +215,13 @@ class Worker:
 
     async def _wait_for_handlers(self) -> None:
         """Wait for the running handlers, until the grace is over or a second stop asks to hurry."""
+        if self._runner.running:
+            logger.info(
+                "worker %s stops: %d handlers still run, for up to %.0f s; a second signal releases them",
+                self.name,
+                self._runner.running,
+                self._grace,
+            )
         hurry = asyncio.create_task(self._hurry.wait())
         ended = asyncio.create_task(self._runner.wait(self._grace))
         await asyncio.wait([hurry, ended], return_when=asyncio.FIRST_COMPLETED)

@@ -49,6 +49,7 @@ BEGIN
         IF cardinality(v_held) < v_hoped THEN  -- one type, or rivals hold some of what was shared out
             v_held := v_held || commandbus._lock(p_domain, v_ranges, p_limit - cardinality(v_held), v_held);
         END IF;
+        PERFORM commandbus._mark(p_domain, v_held);
     END IF;
     RETURN QUERY
         UPDATE commandbus.command AS c
@@ -115,42 +116,44 @@ BEGIN
 END $$;
 
 -- _lock: locks up to p_limit commands of these ranges, and of each at most its share; those that somebody else has
--- locked are passed over for the next ones, so the order is a tendency. Raises the claim marks. p_but: locked already.
+-- locked are passed over for the next ones, so the order is a tendency. p_but: locked already.
 CREATE OR REPLACE FUNCTION commandbus._lock(p_domain text, p_ranges jsonb, p_limit integer, p_but tid[]) RETURNS tid[]
 LANGUAGE plpgsql AS $$
 DECLARE
     v_held tid[] := '{}';
     v_more tid[];
-    v_top  bigint;
     s      record;
 BEGIN
     FOR s IN SELECT g ->> 0 AS command_type, (g ->> 1)::bigint AS after, (g ->> 2)::bigint AS up_to,
                     (g ->> 3)::integer AS share
              FROM jsonb_array_elements(p_ranges) g LOOP
         EXIT WHEN cardinality(v_held) >= p_limit;
-        SELECT array_agg(q.ctid), max(q.place) INTO v_more, v_top FROM (
-            SELECT q.ctid, q.place FROM commandbus.command q
+        v_more := ARRAY(
+            SELECT q.ctid FROM commandbus.command q
             WHERE q.domain = p_domain AND q.command_type = s.command_type AND q.place > s.after
               AND q.place <= s.up_to AND q.status = 'PENDING' AND q.ctid <> ALL (p_but)
-            ORDER BY q.place LIMIT least(s.share, p_limit - cardinality(v_held)) FOR UPDATE SKIP LOCKED) q;
-        IF v_more IS NOT NULL THEN
-            v_held := v_held || v_more;
-            PERFORM commandbus._mark(p_domain, s.command_type, v_top);
-        END IF;
+            ORDER BY q.place LIMIT least(s.share, p_limit - cardinality(v_held)) FOR UPDATE SKIP LOCKED);
+        v_held := v_held || v_more;
     END LOOP;
     RETURN v_held;
 END $$;
 
--- _mark: raises the claim mark of this type and level to this place. It runs 4,096 ahead: one write in as many claims.
-CREATE OR REPLACE FUNCTION commandbus._mark(p_domain text, p_type text, p_place bigint) RETURNS void
+-- _mark: raises the claim marks to cover these commands. A mark runs 4,096 ahead: one write in as many claims.
+-- Locks: claim marks by type and level, waited for.
+CREATE OR REPLACE FUNCTION commandbus._mark(p_domain text, p_held tid[]) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
 BEGIN
-    IF NOT EXISTS (SELECT FROM commandbus.claim_mark m WHERE m.domain = p_domain AND m.command_type = p_type
-                   AND m.level = p_place >> 54 AND m.place >= p_place) THEN
-        INSERT INTO commandbus.claim_mark AS m (domain, command_type, level, place)
-        VALUES (p_domain, p_type, p_place >> 54, p_place + 4096)
-        ON CONFLICT (domain, command_type, level) DO UPDATE SET place = greatest(m.place, excluded.place);
-    END IF;
+    FOR t IN SELECT c.command_type, (c.place >> 54)::integer AS level, max(c.place) AS place
+             FROM commandbus.command c WHERE c.ctid = ANY (p_held) GROUP BY 1, 2 ORDER BY 1, 2 LOOP
+        IF NOT EXISTS (SELECT FROM commandbus.claim_mark m WHERE m.domain = p_domain
+                       AND m.command_type = t.command_type AND m.level = t.level AND m.place >= t.place) THEN
+            INSERT INTO commandbus.claim_mark AS m (domain, command_type, level, place)
+            VALUES (p_domain, t.command_type, t.level, t.place + 4096)
+            ON CONFLICT (domain, command_type, level) DO UPDATE SET place = greatest(m.place, excluded.place);
+        END IF;
+    END LOOP;
 END $$;
 
 -- _promote: SCHEDULED -> PENDING for what is due, at most 500 a call. A command that crashed twice waits alone.

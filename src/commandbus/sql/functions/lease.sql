@@ -1,6 +1,7 @@
 -- The verbs of a worker that holds leases. p_items names them: [{command_id, delivery, lease_token, ...}, ...].
 -- Each answers a row an item: done; busy (somebody has locked the row: try again); lost (the lease is another's or
--- gone: nothing was written). Locks: the rows behind the fence commandbus._hold, in id order, never waiting for one.
+-- gone: nothing was written). Raises CB001 when a command is named twice. Locks: the rows behind the fence
+-- commandbus._hold, in id order, never waiting for one.
 
 -- renew_v1: the leases last p_lease seconds from now. IN_PROGRESS stays; a HOT update.
 CREATE OR REPLACE FUNCTION commandbus.renew_v1(p_domain text, p_items text, p_lease double precision)
@@ -51,8 +52,8 @@ DECLARE
     v_done  uuid[];
 BEGIN
     SELECT coalesce(array_agg(c.ctid) FILTER (WHERE i.kind = 'BUSINESS'), '{}'),
-           array_agg(c.ctid) FILTER (WHERE i.kind = 'TRANSIENT'
-                                     AND c.attempts + 1 < coalesce(c.max_attempts, i.max_attempts))
+           coalesce(array_agg(c.ctid) FILTER (WHERE i.kind = 'TRANSIENT'
+                AND c.attempts + 1 < coalesce(c.max_attempts, i.max_attempts)), '{}')
       INTO v_over, v_again
       FROM commandbus.command c
       JOIN json_to_recordset(v_json) AS i(command_id uuid, kind text, max_attempts integer)

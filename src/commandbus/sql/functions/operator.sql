@@ -23,7 +23,7 @@ BEGIN
             USING ERRCODE = 'CB002', HINT = 'Look at the id and the domain; retention drops finished commands.';
     ELSIF v_status <> ALL (p_from) THEN
         RAISE EXCEPTION 'command % is %: cannot % it', p_command_id, v_status, p_verb
-            USING ERRCODE = 'CB003', HINT = 'Another verb won. Read the command and decide anew.';
+            USING ERRCODE = 'CB003', HINT = 'Somebody was first, or it was done already. Read the command and decide anew.';
     END IF;
     RETURN v_command;
 EXCEPTION WHEN lock_not_available THEN

@@ -1,11 +1,12 @@
 -- send_v1: accepts commands. Durable when the caller's transaction commits.
 -- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, max_attempts, delay
--- (seconds), priority, own_id}, ...]. own_id: the id is the caller's own and is looked up in history too; without
--- command_id one is made. p_lock_timeout: a flush of many callers' commands does not wait for one's rival.
+-- (seconds), priority, minted}, ...]. Without command_id one is made. One that is given is looked up in history too,
+-- unless minted: the library has made it for this very call.
+-- p_lock_timeout (milliseconds): so that a flush of many callers' commands does not wait for the rival of one.
 -- (sent) -> PENDING | SCHEDULED. An answer a row, in order: accepted, duplicate (same type and data as first
 -- sent; nothing is written) or conflict (not the same; nothing is written).
 -- Locks: waits for an uncommitted command of the same id; ids in order.
--- Raises CB001 bad input, CB004 own_id above READ COMMITTED, 40001 try again, 55P03 the lock timeout.
+-- Raises CB001 bad input, CB004 an own id above READ COMMITTED, 40001 try again, 55P03 the lock timeout.
 --
 -- An own id is inserted first and looked up in history by a later statement. That is right also while the
 -- command moves to history; looking first is not. A later statement sees what the earlier one waited for only
@@ -30,7 +31,7 @@ BEGIN
             SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type,
                    coalesce(g.data, 'null') AS data,
                    coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
-                   coalesce(g.priority, 0::smallint) AS priority, coalesce(g.own_id, false) AS own_id,
+                   coalesce(g.priority, 0::smallint) AS priority, g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
                    CASE WHEN g.delay BETWEEN 0 AND v_longest
                         THEN v_now + make_interval(secs => g.delay) END AS not_before,
                    CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'
@@ -42,9 +43,9 @@ BEGIN
                    sha256(convert_to(g.command_type || ' ' || coalesce(g.data, 'null')::text, 'UTF8')) AS data_hash
             FROM ROWS FROM (json_to_recordset(p_commands::json) AS
                 (domain text, command_id uuid, command_type text, data jsonb, headers jsonb, correlation_id text,
-                 reply_to text, max_attempts integer, delay double precision, priority smallint, own_id boolean))
+                 reply_to text, max_attempts integer, delay double precision, priority smallint, minted boolean))
                  WITH ORDINALITY AS g(domain, command_id, command_type, data, headers, correlation_id, reply_to,
-                                      max_attempts, delay, priority, own_id, n)
+                                      max_attempts, delay, priority, minted, n)
         ), inserted AS (
             INSERT INTO commandbus.command AS c
                 (domain, command_id, command_type, status, place, due_at, priority, max_attempts, sent_at,
@@ -79,7 +80,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- _settle_own_id: what becomes of an id of the caller's own, after the insert was tried.
+-- _settle_own_id: what becomes of an id of the caller's own, after the insert was tried. Raises CB004 and 40001.
 -- p_fresh: the insert put it in; it is taken out again when history knows the id.
 CREATE OR REPLACE FUNCTION commandbus._settle_own_id(p_domain text, p_id uuid, p_hash bytea, p_fresh boolean)
 RETURNS text LANGUAGE plpgsql AS $$

@@ -11,7 +11,8 @@ CREATE TABLE commandbus.migration (
 -- What the owner of the database decides.
 CREATE TABLE commandbus.setting (
     name  text PRIMARY KEY,
-    value text NOT NULL
+    value text NOT NULL,
+    CONSTRAINT setting_retention CHECK (name <> 'retention' OR value::interval >= interval '1 day')
 );
 INSERT INTO commandbus.setting (name, value) VALUES
     ('retention', '30 days'),    -- how long a finished command is kept at least; dedupe lasts as long

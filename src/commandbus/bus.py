@@ -210,7 +210,7 @@ class CommandBus:
         Only a hint: workers poll as well, so it does not raise when the database cannot be reached.
         """
         database = self.database
-        with contextlib.suppress(psycopg.Error, DatabaseUnavailableError):
+        with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, SchemaError):
             await database.run(_calls.wake(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:

@@ -101,8 +101,11 @@ def test_a_killed_keeper_takes_the_server_along(
 ) -> None:
     with EmbeddedPostgres(folder) as postgres, psycopg.connect(postgres.dsn()):
         before = started_at(postgres.dsn())
-        for pid in [victim(folder) for victim in victims]:
+        killed = [victim(folder) for victim in victims]
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
+        # A signal takes its time; until then all looks well to start().
+        eventually(lambda: not set(killed) & set(processes(folder)), what="the end of those killed")
         if not at_once:
             eventually(lambda: not processes(folder), what="the end of the server")
         assert started_at(postgres.start().dsn()) != before

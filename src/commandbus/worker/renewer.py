@@ -98,24 +98,28 @@ class Renewer:
         connection: psycopg.AsyncConnection[Any] | None = None
         interval = self._leases.duration.total_seconds() / 3
         pause = interval
-        while not self._stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._stopped.wait()
-                break
-            try:
-                if len(self._leases):
-                    connection = connection or await self._database.connect()
-                    await self._renew(connection)
-                pause = interval
-            except (CommandBusError, psycopg.Error, OSError) as error:
-                logger.warning("leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), brief(error))
-                pause = min(1.0, interval / 4)
-                if connection is not None:
-                    await connection.close()
-                connection = None
-        if connection is not None:
-            await connection.close()
+        try:
+            while not self._stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._stopped.wait()
+                    break
+                try:
+                    if len(self._leases):
+                        connection = connection or await self._database.connect()
+                        await self._renew(connection)
+                    pause = interval
+                except (CommandBusError, psycopg.Error, OSError) as error:
+                    logger.warning(
+                        "leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), brief(error)
+                    )
+                    pause = min(1.0, interval / 4)
+                    if connection is not None:
+                        await connection.close()
+                    connection = None
+        finally:
+            if connection is not None:
+                await connection.close()
 
     async def _renew(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Renew all leases held, one statement a domain; a row that somebody has locked is tried again alone."""

@@ -86,6 +86,8 @@ class Runner:
         except asyncio.CancelledError:
             # Not passed on: only this worker cancels these tasks, when a lease is lost or the grace is over.
             ending = Recorded() if lease.lost else Released()
+        except BaseException as error:  # noqa: BLE001 - GeneratorExit out of a future closes what it passes through
+            ending = self._failed(error, lease)
         lease.end()
         self.running -= 1
         self.in_threads -= lease.handler.blocking
@@ -186,7 +188,7 @@ class Runner:
                 self.in_threads -= 1
                 self._freed()
                 logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
-            elif isinstance(outcome[1], StopIteration | KeyboardInterrupt | asyncio.CancelledError):
+            elif isinstance(outcome[1], StopIteration | GeneratorExit | KeyboardInterrupt | asyncio.CancelledError):
                 future.set_exception(TransientCommandError(type(outcome[1]).__name__, str(outcome[1])))
             elif outcome[1] is not None:
                 future.set_exception(outcome[1])

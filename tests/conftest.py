@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.support import eventually
@@ -89,6 +92,22 @@ def connect(dsn: str) -> Iterator[Callable[..., psycopg.Connection]]:
 def db(connect: Callable[..., psycopg.Connection]) -> psycopg.Connection:
     """A blocking connection to `dsn` that commits each statement."""
     return connect(autocommit=True)
+
+
+@pytest.fixture
+def quiet_loop(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A task that nobody waited for, an exception that nobody took: asyncio only logs these."""
+    yield
+    gc.collect()
+    records = caplog.get_records("call") + caplog.get_records("teardown")
+    assert [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.ERROR] == []
+
+
+@pytest.fixture
+async def bus(dsn: str) -> AsyncIterator[CommandBus]:
+    """An open bus on this test's database."""
+    async with CommandBus(dsn) as bus:
+        yield bus
 
 
 def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:

@@ -39,7 +39,12 @@ def brief(error: BaseException) -> str:
     """
     text = error.diag.message_primary if isinstance(error, psycopg.Error) else None
     line = (text or str(error)).partition("\n")[0][:300]
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """Return the text with its control characters escaped: they would steer a terminal or forge a line of a log."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def is_refusal(error: BaseException) -> bool:

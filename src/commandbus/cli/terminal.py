@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from commandbus._failures import printable
 from commandbus.model import Error, Json
 
 _NARROWEST = 20  # what is narrower is left to the terminal to fold
@@ -36,7 +37,7 @@ def prepare() -> None:
 
 def safe(value: object) -> str:
     """Return the text of a value for a place inside a line: what is not printable comes out as in a Python literal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(value))
+    return printable(str(value))
 
 
 def say(line: str) -> None:

@@ -13,7 +13,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._database import CALL_SECONDS, Database, execute
-from commandbus._failures import is_connection_lost, is_refusal
+from commandbus._failures import is_connection_lost, is_refusal, printable
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.handlers import HandlerContext
@@ -26,6 +26,7 @@ from commandbus.worker.endings import (
     Released,
     completed,
     failed,
+    storable,
     unreadable,
     unstorable,
 )
@@ -122,7 +123,7 @@ class Runner:
         """
         attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
         ending = failed(error, lease.handler, attempt)
-        code = error.code if isinstance(error, CommandError) else type(error).__name__
+        code = printable(storable(error.code)[:128]) if isinstance(error, CommandError) else type(error).__name__
         match ending.kind:
             case "BUSINESS":
                 level, then = logging.INFO, "it ends as FAILED"

@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ def _environment() -> Iterator[None]:
             if name != "COMMAND_BUS_PG_BIN":  # which PostgreSQL to test against
                 patch.delenv(name)
         patch.setenv("COMMAND_BUS_DATA_DIR", str(Path(folder, "data")))
+        # Started in the background, a shell lets its programs ignore Ctrl-C; those that the tests start must not.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         yield
 
 

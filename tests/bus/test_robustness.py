@@ -213,7 +213,7 @@ async def test_a_hint_that_fails_is_nobodys_failure(
 ) -> None:
     db.execute("DROP FUNCTION commandbus.wake_v1")
 
-    def tried() -> bool:  # after the receipt is out
+    async def tried() -> bool:  # after the receipt is out
         return any(record.name == "commandbus.hints" for record in caplog.records)
 
     with caplog.at_level(logging.DEBUG):

@@ -31,7 +31,8 @@ BEGIN
             SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type,
                    coalesce(g.data, 'null') AS data,
                    coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
-                   coalesce(g.priority, 0::smallint) AS priority, g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
+                   coalesce(g.priority, 0::smallint) AS priority,
+                   g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
                    CASE WHEN g.delay BETWEEN 0 AND v_longest
                         THEN v_now + make_interval(secs => g.delay) END AS not_before,
                    CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'

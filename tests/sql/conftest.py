@@ -14,7 +14,7 @@ from tests.support import eventually
 
 _EMPTY = "".join(
     f"DELETE FROM commandbus.{table};"
-    for table in ("command", "audit_event", "command_history", "audit_history", "claim_mark")
+    for table in ("command", "audit_event", "command_history", "audit_history", "claim_mark", "worker")
 )
 _OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
              WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"""

@@ -18,11 +18,23 @@ from commandbus.errors import (
     PermanentCommandError,
     SchemaError,
     SendTimeoutError,
+    SyncInAsyncError,
     TransientCommandError,
     WrongLoopError,
 )
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Page, Receipt, SendRequest, Stat
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Error,
+    Page,
+    Receipt,
+    SendRequest,
+    Stat,
+    StopReport,
+    StuckHandler,
+)
 from commandbus.policy import RetryPolicy
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
@@ -56,6 +68,9 @@ __all__ = [
     "SendRequest",
     "SendTimeoutError",
     "Stat",
+    "StopReport",
+    "StuckHandler",
+    "SyncInAsyncError",
     "TransientCommandError",
     "TroubleshootingQueue",
     "Worker",

@@ -191,6 +191,13 @@ class Database:
         """Open a connection outside the pool, for a task that keeps one."""
         return await psycopg.AsyncConnection.connect(self._conninfo, row_factory=tuple_row, **self._settings)
 
+    def connect_blocking(self) -> psycopg.Connection[Row]:
+        """Open a blocking connection outside the pool. Raises `DatabaseUnavailableError`."""
+        try:
+            return psycopg.connect(self._conninfo, row_factory=tuple_row, **self._settings)
+        except psycopg.OperationalError as error:
+            raise unavailable(error) from None
+
 
 async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float) -> T:
     """Run a call on this connection of the library's own; at the deadline (seconds) its socket is shut.
@@ -223,15 +230,27 @@ async def execute_on(connection: object, call: Call[T]) -> T:
     if isinstance(connection, psycopg.AsyncConnection):
         return await _execute(connection, call)
     if isinstance(connection, psycopg.Connection):
-        try:
-            with psycopg.Cursor(connection, row_factory=tuple_row) as cursor:
-                cursor.execute(call.sql.encode(), call.params)
-                return call.read(cursor.fetchall() if cursor.description else [])
-        except psycopg.Error as error:
-            if (ours := translate(error)) is None:
-                raise
-            raise ours from error
+        return execute_blocking(connection, call)
     raise _no_connection(connection)
+
+
+def execute_on_blocking(connection: object, call: Call[T]) -> T:
+    """Run a call on the caller's blocking connection, in this thread and its transaction."""
+    if isinstance(connection, psycopg.Connection):
+        return execute_blocking(connection, call)
+    raise _no_connection(connection)
+
+
+def execute_blocking(connection: psycopg.Connection[Any], call: Call[T]) -> T:
+    """Run a call in this thread."""
+    try:
+        with psycopg.Cursor(connection, row_factory=tuple_row) as cursor:
+            cursor.execute(call.sql.encode(), call.params)
+            return call.read(cursor.fetchall() if cursor.description else [])
+    except psycopg.Error as error:
+        if (ours := translate(error)) is None:
+            raise
+        raise ours from error
 
 
 @contextlib.asynccontextmanager
@@ -258,8 +277,16 @@ def _no_connection(given: object) -> ConfigurationError:
     return ConfigurationError(f"connection is a {type(given).__name__}: give a psycopg Connection or AsyncConnection")
 
 
+_RESET = "RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all()"
+
+
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
-    await connection.execute("RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all()", prepare=False)
+    await connection.execute(_RESET, prepare=False)
+
+
+def reset_blocking(connection: psycopg.Connection[Any]) -> None:
+    """Undo what a handler has left behind in the session."""
+    connection.execute(_RESET, prepare=False)
 
 
 def _hung_up(connection: psycopg.AsyncConnection[Any]) -> bool:

@@ -11,6 +11,8 @@ import contextvars
 import logging
 import random
 from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from commandbus import _calls
 from commandbus._calls import MAX_BYTES, Outgoing
@@ -28,33 +30,71 @@ _PAUSE = 0.1  # seconds, at least, between two tries without a connection
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
-class _Entry:
-    """One send that waits for its outcome."""
+class Parcel:
+    """The commands of one call, which share their outcome: one of `send`, a chunk of `send_batch`.
 
-    __slots__ = ("future", "maybe_sent", "outgoing", "under_way")
+    `wake` is called once, on the loop, when it is settled; then either `outcomes` or `error` is there.
+    """
 
-    def __init__(self, outgoing: Outgoing, future: asyncio.Future[str]) -> None:
-        self.outgoing = outgoing
-        self.future = future
+    __slots__ = ("error", "maybe_sent", "outcomes", "outgoings", "size", "under_way", "wake")
+
+    def __init__(self, outgoings: Sequence[Outgoing], wake: Callable[[], object]) -> None:
+        self.outgoings = outgoings
+        self.wake = wake
+        self.size = sum(len(outgoing.text) for outgoing in outgoings)
+        self.outcomes: list[str] | None = None
+        self.error: Exception | None = None
         self.under_way = False  # in a statement that runs now
         self.maybe_sent = False  # was in a statement whose connection broke
 
     @property
     def waits(self) -> bool:
-        return not self.future.done()
+        return self.outcomes is None and self.error is None
 
     @property
     def minted(self) -> bool:
-        """Whether the database cannot know its id yet."""
-        return self.outgoing.minted and not self.maybe_sent
+        """Whether the database cannot know any of its ids yet."""
+        return not self.maybe_sent and all(outgoing.minted for outgoing in self.outgoings)
 
-    def settle(self, outcome: str) -> None:
+    @property
+    def name(self) -> str:
+        first = self.outgoings[0].command_id
+        return f"command {first}" if len(self.outgoings) == 1 else f"a batch of commands from {first} on"
+
+    def rows(self) -> list[str]:
+        return [outgoing.row(minted=outgoing.minted and not self.maybe_sent) for outgoing in self.outgoings]
+
+    def settle(self, outcomes: list[str]) -> None:
         if self.waits:
-            self.future.set_result(outcome)
+            self.outcomes = outcomes
+            self.wake()
 
     def fail(self, error: Exception) -> None:
         if self.waits:
-            self.future.set_exception(error)
+            self.error = error
+            self.wake()
+
+    def expire(self, timeout: float) -> None:
+        """Give up after so many seconds: withdrawn if it still waits, else of unknown outcome."""
+        command_id = self.outgoings[0].command_id
+        if self.under_way or self.maybe_sent:
+            message = f"{self.name} may or may not have been sent within {timeout:.1f} s: send it again with this id"
+            self.fail(OutcomeUnknownError(message, command_id))
+        else:
+            message = f"{self.name} was withdrawn after {timeout:.1f} s: it was not sent"
+            self.fail(SendTimeoutError(message, command_id))
+
+    def withdraw(self) -> None:
+        """Give up because the caller was interrupted, and tell nobody but `fate`."""
+        self.expire(0)
+
+    @property
+    def fate(self) -> str:
+        """What an interrupted caller is told, as a note on its exception."""
+        if self.outcomes is not None:
+            return f"{self.name} was sent"
+        doubt = self.under_way or self.maybe_sent
+        return f"{self.name} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
 
 
 class SendBuffer:
@@ -64,56 +104,46 @@ class SendBuffer:
         self._database = database
         self._hints = hints
         self._connections = connections
-        self._waiting: deque[_Entry] = deque()
-        self._contended: deque[_Entry] = deque()
+        self._waiting: deque[Parcel] = deque()
+        self._contended: deque[Parcel] = deque()
         self._flushing = 0
         self._flushes: set[asyncio.Task[None]] = set()
         self._contended_flush: asyncio.Task[None] | None = None
 
-    async def send(self, outgoing: Outgoing, timeout: float) -> str:
-        """Return the outcome once the command is durable: accepted, duplicate or conflict.
+    def put(self, parcel: Parcel) -> None:
+        """Take a parcel on its way; on the loop only."""
+        self._waiting.append(parcel)
+        self._start()
 
-        After `timeout` seconds, or when cancelled, the row is withdrawn if it still waits. If it is under way it may
-        arrive: `OutcomeUnknownError`, or a note on the CancelledError.
+    async def send(self, outgoings: Sequence[Outgoing], timeout: float) -> list[str]:
+        """Return the outcomes once the commands are durable: accepted, duplicate or conflict.
+
+        After `timeout` seconds, or when cancelled, they are withdrawn if they still wait. If they are under way they
+        may arrive: `OutcomeUnknownError`, or a note on the CancelledError.
         """
         loop = asyncio.get_running_loop()
-        entry = _Entry(outgoing, loop.create_future())
-        timer = loop.call_later(timeout, self._expire, entry, timeout)
-        self._waiting.append(entry)
-        self._start()
+        settled: asyncio.Future[None] = loop.create_future()
+        parcel = Parcel(outgoings, lambda: None if settled.done() else settled.set_result(None))
+        timer = loop.call_later(timeout, parcel.expire, timeout)
+        self.put(parcel)
         try:
-            return await entry.future
+            await settled
         except asyncio.CancelledError as error:
-            doubt = entry.under_way or entry.maybe_sent
-            error.add_note(
-                f"command {outgoing.command_id} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
-            )
+            error.add_note(parcel.fate)
+            parcel.withdraw()
             raise
         finally:
             timer.cancel()
+        if parcel.error is not None:
+            raise parcel.error
+        assert parcel.outcomes is not None  # noqa: S101 - it is settled
+        return parcel.outcomes
 
     async def drain(self) -> None:
         """Wait until nothing is under way."""
         while self._flushes or self._contended_flush is not None:
             tasks = [*self._flushes, *filter(None, [self._contended_flush])]
             await asyncio.wait(tasks)
-
-    def _expire(self, entry: _Entry, timeout: float) -> None:
-        command_id = entry.outgoing.command_id
-        if entry.under_way or entry.maybe_sent:
-            entry.fail(
-                OutcomeUnknownError(
-                    f"command {command_id} may or may not have been sent within {timeout:.1f} s: "
-                    "send it again with this id",
-                    command_id,
-                )
-            )
-        else:
-            entry.fail(
-                SendTimeoutError(
-                    f"command {command_id} was withdrawn after {timeout:.1f} s: it was not sent", command_id
-                )
-            )
 
     def _start(self) -> None:
         if self._flushing < self._connections:
@@ -130,19 +160,20 @@ class SendBuffer:
         finally:  # in the step that found nothing: who comes next starts another
             self._flushing -= 1
 
-    def _take(self) -> list[_Entry]:
-        batch: list[_Entry] = []
-        size = 0
-        while self._waiting and len(batch) < MAX_ROWS and size < MAX_BYTES:
-            entry = self._waiting.popleft()
-            if entry.waits:
-                batch.append(entry)
-                size += len(entry.outgoing.text)
+    def _take(self) -> list[Parcel]:
+        batch: list[Parcel] = []
+        rows = size = 0
+        while self._waiting and rows < MAX_ROWS and size < MAX_BYTES:
+            parcel = self._waiting.popleft()
+            if parcel.waits:
+                batch.append(parcel)
+                rows += len(parcel.outgoings)
+                size += parcel.size
         return batch
 
-    async def _deliver(self, batch: list[_Entry]) -> None:
-        """Bring each entry of the batch to its outcome, whatever happens on the way."""
-        while batch := [entry for entry in batch if entry.waits]:
+    async def _deliver(self, batch: list[Parcel]) -> None:
+        """Bring each parcel of the batch to its outcome, whatever happens on the way."""
+        while batch := [parcel for parcel in batch if parcel.waits]:
             try:
                 await self._try(batch)
                 return
@@ -150,35 +181,36 @@ class SendBuffer:
                 if not await self._sort_out(batch, error):
                     return
 
-    async def _try(self, batch: list[_Entry]) -> None:
-        """Send the batch as one statement; settles all entries or raises."""
+    async def _try(self, batch: list[Parcel]) -> None:
+        """Send the batch as one statement; settles all parcels or raises."""
         async with self._database.connection() as connection:
-            batch = [entry for entry in batch if entry.waits]  # some gave up while there was no connection
-            rows = [entry.outgoing.row(minted=entry.minted) for entry in batch]
-            for entry in batch:
-                entry.under_way = True
+            batch = [parcel for parcel in batch if parcel.waits]  # some gave up while there was no connection
+            rows = [row for parcel in batch for row in parcel.rows()]
+            for parcel in batch:
+                parcel.under_way = True
             try:
                 outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS), CALL_SECONDS)
             except BaseException as error:
                 lost = is_connection_lost(error)
-                for entry in batch:
-                    entry.maybe_sent = entry.maybe_sent or lost
+                for parcel in batch:
+                    parcel.maybe_sent = parcel.maybe_sent or lost
                 raise
             finally:
-                for entry in batch:
-                    entry.under_way = False
-            for entry, outcome in zip(batch, outcomes, strict=True):
-                entry.settle(outcome)
-            await self._hints.give(connection, {entry.outgoing.domain for entry in batch})
+                for parcel in batch:
+                    parcel.under_way = False
+            answers = iter(outcomes)
+            for parcel in batch:
+                parcel.settle(list(islice(answers, len(parcel.outgoings))))
+            await self._hints.give(connection, {one.domain for parcel in batch for one in parcel.outgoings})
 
-    async def _sort_out(self, batch: list[_Entry], error: Exception) -> bool:
-        """Decide what a failed flush means for its entries. True: try those that still wait again, as they are."""
+    async def _sort_out(self, batch: list[Parcel], error: Exception) -> bool:
+        """Decide what a failed flush means for its parcels. True: try those that still wait again, as they are."""
         state = getattr(error, "sqlstate", None) or ""
-        if state == _LOCK_NOT_AVAILABLE and not all(entry.minted for entry in batch):
+        if state == _LOCK_NOT_AVAILABLE and not all(parcel.minted for parcel in batch):
             await self._set_contended_apart(batch)
         elif is_refusal(error):  # never split on 08 or 57
             if len(batch) == 1:
-                batch[0].fail(own_copy(refusal(error, f"command {batch[0].outgoing.command_id}")))
+                batch[0].fail(own_copy(refusal(error, batch[0].name)))
             else:
                 await self._halve(batch)
         elif is_unavailable(error):
@@ -187,23 +219,23 @@ class SendBuffer:
                 await asyncio.sleep(_PAUSE * random.uniform(1, 2))  # noqa: S311 - spread, not a secret
             return True
         else:
-            for entry in batch:
-                entry.fail(own_copy(error))
+            for parcel in batch:
+                parcel.fail(own_copy(error))
         return False
 
-    async def _halve(self, batch: list[_Entry]) -> None:
+    async def _halve(self, batch: list[Parcel]) -> None:
         middle = len(batch) // 2
         await self._deliver(batch[:middle])
         await self._deliver(batch[middle:])
 
-    async def _set_contended_apart(self, batch: list[_Entry]) -> None:
+    async def _set_contended_apart(self, batch: list[Parcel]) -> None:
         """Find the rows that wait for a rival's uncommitted twin; they go on in a lane of their own.
 
         Four flushes that wait for a lock would stop all sends, also that of the rival itself.
         """
-        own = [entry for entry in batch if not entry.minted]
+        own = [parcel for parcel in batch if not parcel.minted]
         if len(own) < len(batch):
-            await self._deliver([entry for entry in batch if entry.minted])
+            await self._deliver([parcel for parcel in batch if parcel.minted])
             await self._deliver(own)
         elif len(own) > 1:
             await self._halve(own)

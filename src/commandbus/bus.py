@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 from uuid import UUID
@@ -15,7 +16,7 @@ import psycopg
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
 from commandbus._database import Database, execute_on, savepoint_on
-from commandbus._failures import is_connection_lost, is_unavailable, refusals_of
+from commandbus._failures import refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
 from commandbus._send_buffer import MAX_ROWS, SendBuffer
@@ -27,7 +28,6 @@ from commandbus.errors import (
     ConfigurationError,
     DatabaseUnavailableError,
     InvalidCommandError,
-    OutcomeUnknownError,
     PartialSendError,
     SchemaError,
     WrongLoopError,
@@ -63,6 +63,15 @@ class CommandBus:
             raise ConfigurationError(f"flush_connections is {flush_connections}: it must be at least 1")
         if send_timeout <= timedelta(0):
             raise ConfigurationError("send_timeout must be above zero")
+        self._fresh = partial(
+            CommandBus,
+            dsn,
+            send_timeout=send_timeout,
+            flush_connections=flush_connections,
+            tracing=tracing,
+            transaction_pooler=transaction_pooler,
+            application_name=application_name,
+        )
         self.tracing: Tracing = tracing or NoTracing()
         self._send_timeout = send_timeout.total_seconds()
         self._database = Database(
@@ -172,7 +181,7 @@ class CommandBus:
                 (outcome,) = await execute_on(connection, _calls.send([row]))
         else:
             self._check_open()
-            outcome = await self._buffer.send(outgoing, self._send_timeout)
+            (outcome,) = await self._buffer.send([outgoing], self._send_timeout)
         return _receipt(outgoing, outcome)
 
     async def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
@@ -183,25 +192,28 @@ class CommandBus:
         `PartialSendError` carries the receipts of what is durable.
         """
         everything = [self._outgoing(request) for request in requests]
-        receipts: list[Receipt] = []
         if connection is not None:
+            receipts: list[Receipt] = []
             with refusals_of("the batch"):
                 async with savepoint_on(connection):
                     for chunk in _chunks(everything):
                         rows = [outgoing.row(minted=outgoing.minted) for outgoing in chunk]
                         _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
             return receipts
+        return await self._send_chunks(everything)
+
+    async def _send_chunks(self, everything: list[Outgoing]) -> list[Receipt]:
+        self._check_open()
+        receipts: list[Receipt] = []
         for chunk in _chunks(everything):
             try:
-                _settle(chunk, await self._send_durably(chunk), receipts)
+                _settle(chunk, await self._buffer.send(chunk, self._send_timeout), receipts)
             except (CommandBusError, psycopg.Error) as error:
                 if not receipts:
                     raise
                 raise PartialSendError(
                     f"{len(receipts)} of {len(everything)} commands are durable; then: {error}", receipts
                 ) from error
-        if receipts:
-            await self.wake(*{receipt.domain for receipt in receipts})
         return receipts
 
     async def wake(self, *domains: str) -> None:
@@ -220,30 +232,6 @@ class CommandBus:
         headers = dict(request.headers or {})
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers, new_id())
-
-    async def _send_durably(self, chunk: list[Outgoing]) -> list[str]:
-        """Send a chunk; when its connection breaks, send the same ids again until the time is up."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self._send_timeout
-        maybe_sent = False
-        while True:
-            rows = [outgoing.row(minted=outgoing.minted and not maybe_sent) for outgoing in chunk]
-            try:
-                with refusals_of("a chunk of the batch"):
-                    return await self.database.run(_calls.send(rows))
-            except (CommandBusError, psycopg.Error) as error:
-                maybe_sent = maybe_sent or is_connection_lost(error)
-                if not is_unavailable(error):
-                    raise
-                if loop.time() > end:
-                    if not maybe_sent:
-                        raise
-                    raise OutcomeUnknownError(
-                        f"commands {chunk[0].command_id} to {chunk[-1].command_id} of a batch may or may not have "
-                        "been sent",
-                        chunk[0].command_id,
-                    ) from error
-            await asyncio.sleep(0.1)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@
     ├── SchemaError               the database's schema does not fit this version
     ├── ConfigurationError        a setting, an option or a registration is wrong   CB004
     ├── WrongLoopError            the object belongs to another event loop
+    ├── SyncInAsyncError          a blocking call where an event loop runs
     ├── ClosedError               the object is not open
     └── CommandError              a handler's verdict on its command
         ├── TransientCommandError   try again after the back-off
@@ -111,6 +112,10 @@ class SchemaError(CommandBusError):
 
 class WrongLoopError(CommandBusError):
     """The object was opened on another event loop. Open one for each loop."""
+
+
+class SyncInAsyncError(CommandBusError):
+    """A blocking call in a thread whose event loop it would stop. Await the async method that the message names."""
 
 
 class ClosedError(CommandBusError):

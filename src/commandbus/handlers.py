@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import psycopg
 
@@ -15,7 +16,10 @@ from commandbus.model import Command, Json
 from commandbus.policy import RetryPolicy
 
 if TYPE_CHECKING:
-    from commandbus.bus import CommandBus
+    pass
+
+if TYPE_CHECKING:
+    pass
 
 
 class _Lease(Protocol):
@@ -25,23 +29,17 @@ class _Lease(Protocol):
     def cancelled(self) -> bool: ...
 
 
-class HandlerContext:
-    """What a handler is told besides its command.
+B = TypeVar("B")
+C = TypeVar("C")
 
-    `delivery` counts the claims of this command and never goes back: use it as fencing token in other systems, with
-    `command.command_id` as idempotency key. `attempt` is the number of this attempt, from 1. `bus` is the worker's, to
-    send what comes next. `connection` is, in a transactional handler, the open transaction that the completion will
-    join, also for `bus.send(..., connection=context.connection)`; otherwise None.
-    """
 
-    __slots__ = ("_lease", "attempt", "bus", "command", "connection", "delivery")
+class Context(Generic[B, C]):
+    """What the two kinds of context have in common: `HandlerContext` and `commandbus.sync.SyncHandlerContext`."""
+
+    __slots__ = ("_complete", "_lease", "attempt", "bus", "command", "connection", "delivery")
 
     def __init__(
-        self,
-        command: Command,
-        lease: _Lease,
-        bus: CommandBus,
-        connection: psycopg.AsyncConnection | None = None,
+        self, command: Command, lease: _Lease, bus: B, connection: C | None, complete: Callable[[object, Json], Any]
     ) -> None:
         self.command = command
         self.delivery = command.delivery
@@ -49,6 +47,7 @@ class HandlerContext:
         self.bus = bus
         self.connection = connection
         self._lease = lease
+        self._complete = complete
 
     @property
     def headers(self) -> dict[str, str]:
@@ -68,8 +67,47 @@ class HandlerContext:
             )
 
 
+class HandlerContext(Context["CommandBus", psycopg.AsyncConnection[Any]]):
+    """What a handler is told besides its command.
+
+    `delivery` counts the claims of this command and never goes back: use it as fencing token in other systems, with
+    `command.command_id` as idempotency key. `attempt` is the number of this attempt, from 1. `bus` is the worker's, to
+    send what comes next. `connection` is, in a transactional handler, the open transaction that the completion will
+    join, also for `bus.send(..., connection=context.connection)`; otherwise None.
+    """
+
+    __slots__ = ()
+
+    async def complete_on(self, connection: object, result: Json = None) -> None:
+        """Complete the command in a transaction of your own, as its last statement: both commit, or neither.
+
+        `connection` is anything that `CommandBus.send` takes as one. What the handler returns is not looked at then.
+        Raises `LeaseLostError`: let it end your transaction.
+        """
+        await self._complete(connection, result)
+
+
+class BlockingContext(Context[B, psycopg.Connection[Any]]):
+    """What a `def` handler is told: the same, with a blocking `connection`.
+
+    In a `SyncWorker` it is a `SyncHandlerContext`, whose `bus` is the blocking one.
+    """
+
+    __slots__ = ()
+
+    def complete_on(self, connection: object, result: Json = None) -> None:
+        """Complete the command in a transaction of your own, as its last statement: both commit, or neither.
+
+        `connection` is anything blocking that `CommandBus.send` takes as one: of psycopg, SQLAlchemy or Django. What
+        the handler returns is not looked at then. Raises `LeaseLostError`: let it end your transaction.
+        """
+        self._complete(connection, result)
+
+
 AsyncFunction: TypeAlias = Callable[[Command, HandlerContext], Awaitable[Json]]
-BlockingFunction: TypeAlias = Callable[[Command, HandlerContext], Json]
+BlockingFunction: TypeAlias = Callable[[Command, Any], Json]
+Middleware: TypeAlias = Callable[[Command, Any], AbstractContextManager[object]]
+"""What is entered around a `def` handler, in its thread: called with the command and the handler's context."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -182,10 +220,6 @@ class HandlerRegistry:
             raise ConfigurationError(f'command type "{mark.command_type}" of "{mark.domain}" has a handler already')
         _check_parameters(mark, function)
         blocking = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__))
-        if blocking and mark.transactional:
-            raise ConfigurationError(
-                f'the handler of "{mark.command_type}" is transactional: it must be an `async def` function'
-            )
         if mark.timeout is not None and mark.timeout <= timedelta(0):
             raise ConfigurationError(f'the timeout of "{mark.command_type}" must be above zero')
         self._handlers[key] = Handler(

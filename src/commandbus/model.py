@@ -139,3 +139,26 @@ class Page(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class StuckHandler:
+    """A `def` handler that still ran when its worker had stopped; `stack` says where, its oldest frame first."""
+
+    domain: str
+    command_id: UUID
+    command_type: str
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """How the end of a worker went.
+
+    `finished`: deliveries that came to an outcome after the stop was asked for. `released`: those that did not, given
+    back uncharged. `stuck`: handlers whose threads go on for all that; what they do can no longer be recorded.
+    """
+
+    finished: int
+    released: int
+    stuck: tuple[StuckHandler, ...]

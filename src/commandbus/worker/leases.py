@@ -18,7 +18,7 @@ from commandbus.handlers import Handler
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("_ended", "claimed", "deadline", "handler", "lost", "task")
+    __slots__ = ("_ended", "claimed", "completing", "deadline", "handler", "lost", "task")
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
@@ -26,6 +26,7 @@ class Lease:
         self.deadline = deadline
         self.task: asyncio.Task[None] | None = None
         self.lost = False
+        self.completing = False  # the completion stands in a transaction that may commit
         self._ended = threading.Event()
 
     @property

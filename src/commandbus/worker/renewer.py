@@ -63,10 +63,12 @@ class Renewer:
             with contextlib.suppress(RuntimeError):  # the loop has ended already
                 self._loop.call_soon_threadsafe(self._stopped.set)
 
-    def stop(self, seconds: float) -> None:
-        """Ask the thread to end, and wait so long for it."""
+    async def stop(self, seconds: float) -> None:
+        """Ask the thread to end, and wait so long for it; not in a thread, none can be started at exit."""
         self.ask_to_stop()
-        self._thread.join(seconds)
+        end = time.monotonic() + seconds
+        while self._thread.is_alive() and time.monotonic() < end:  # noqa: ASYNC110 - a thread sets no asyncio.Event
+            await asyncio.sleep(0.01)
 
     def _serve(self) -> None:
         try:

@@ -6,40 +6,35 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg
 
-from commandbus import _calls
-from commandbus._database import CALL_SECONDS, Database, execute
-from commandbus._failures import is_connection_lost, is_refusal, printable
+from commandbus._database import CALL_SECONDS, Database, execute, execute_blocking
+from commandbus._failures import is_connection_lost, printable
 from commandbus.bus import CommandBus
-from commandbus.errors import CommandError, LeaseLostError, PermanentCommandError, TransientCommandError
-from commandbus.handlers import HandlerContext
+from commandbus.errors import CommandError, LeaseLostError, TransientCommandError
+from commandbus.handlers import AsyncFunction, BlockingContext, BlockingFunction, HandlerContext, Middleware
 from commandbus.model import Command, Json
-from commandbus.worker.endings import (
-    Completed,
-    Ending,
-    Failed,
-    Recorded,
-    Released,
-    completed,
-    failed,
-    storable,
-    unreadable,
-    unstorable,
-)
+from commandbus.worker.endings import Ending, Failed, Recorded, Released, completed, failed, storable, unreadable
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
+from commandbus.worker.transactions import BlockingConnections, complete_on, drive, drive_blocking, handle
 
 logger = logging.getLogger("commandbus.worker")
 
-_BUSY_TRIES = 40  # at 50 ms
+T = TypeVar("T")
+NewContext: TypeAlias = Callable[[Command, Lease, psycopg.Connection[Any] | None], BlockingContext[Any]]
 
 
 class Runner:
-    """Starts a task for each lease; `finish` is called with its ending."""
+    """Starts a task for each lease; `finish` is called with its ending.
+
+    `context` makes what a `def` handler is given; `middleware` is entered around it, the first outermost.
+    """
 
     def __init__(
         self,
@@ -48,15 +43,21 @@ class Runner:
         bus: CommandBus,
         threads: HandlerThreads,
         transactions: Database | None,
+        context: NewContext,
+        middleware: Sequence[Middleware],
         finish: Callable[[Lease, Ending], None],
         freed: Callable[[], None],
     ) -> None:
         self.running = 0
         self.in_threads = 0  # handlers that have a thread or are about to, and those given up that still run
+        self.ended: Counter[type[Ending]] = Counter()
         self._worker = worker
         self._bus = bus
         self._threads = threads
         self._transactions = transactions
+        self._connections = None if transactions is None else BlockingConnections(transactions)
+        self._context = context
+        self._middleware = middleware
         self._finish = finish
         self._freed = freed
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,6 +82,11 @@ class Runner:
             task.cancel()
         await self.wait(CALL_SECONDS)
 
+    def close(self) -> None:
+        """Close the connections of transactional `def` handlers."""
+        if self._connections is not None:
+            self._connections.close()
+
     async def _run(self, lease: Lease) -> None:
         try:
             ending = await self._ending(lease)
@@ -90,6 +96,7 @@ class Runner:
         except BaseException as error:  # noqa: BLE001 - GeneratorExit out of a future closes what it passes through
             ending = self._failed(error, lease)
         lease.end()
+        self.ended[type(ending)] += 1
         self.running -= 1
         self.in_threads -= lease.handler.blocking
         self._finish(lease, ending)
@@ -106,7 +113,9 @@ class Runner:
             try:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
-                return completed(await self._call(lease, HandlerContext(command, lease, self._bus)))
+                result = await self._bounded(lease, self._call(lease, command))
+                # It has completed its command in a transaction of its own, or that was rolled back: the fence knows.
+                return Released() if lease.completing else completed(result)
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
                     raise
@@ -153,34 +162,49 @@ class Runner:
             except Exception:
                 logger.exception("the tracing hook failed", extra=lease.log_extra(self._worker))
 
-    async def _call(self, lease: Lease, context: HandlerContext) -> Json:
-        """Call the handler, bounded by its timeout."""
-        handler = lease.handler
-        scope = asyncio.timeout(None if handler.timeout is None else handler.timeout.total_seconds())
+    async def _bounded(self, lease: Lease, work: Awaitable[T]) -> T:
+        """Await the handler, bounded by its timeout."""
+        timeout = lease.handler.timeout
+        scope = asyncio.timeout(None if timeout is None else timeout.total_seconds())
         try:
             async with scope:
-                if handler.blocking:
-                    return await self._call_in_thread(lease, context)
-                return await handler.function(context.command, context)
+                return await work
         except TimeoutError:
             if not scope.expired():
                 raise
             lease.end()
-            raise TransientCommandError("TIMEOUT", f"the handler exceeded its timeout of {handler.timeout}") from None
+            raise TransientCommandError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
 
-    async def _call_in_thread(self, lease: Lease, context: HandlerContext) -> Json:
-        """Run a `def` handler in a thread, in the context of this task.
+    async def _call(
+        self, lease: Lease, command: Command, connection: psycopg.AsyncConnection[Any] | None = None
+    ) -> Json:
+        """Call the handler, on this loop or in a thread."""
+        if lease.handler.blocking:
+            return await self._in_thread(lease, partial(self._call_blocking, lease, command))
+        context = HandlerContext(command, lease, self._bus, connection, partial(complete_on, lease))
+        return await cast("AsyncFunction", lease.handler.function)(command, context)
+
+    def _call_blocking(self, lease: Lease, command: Command, connection: psycopg.Connection[Any] | None = None) -> Json:
+        context = self._context(command, lease, connection)
+        with contextlib.ExitStack() as stack:
+            for around in self._middleware:
+                stack.enter_context(around(command, context))
+            return cast("BlockingFunction", lease.handler.function)(command, context)
+        raise RuntimeError("a middleware has suppressed what the handler raised")
+
+    async def _in_thread(self, lease: Lease, function: Callable[[], T]) -> T:
+        """Run this in a thread, in the context of this task.
 
         On a timeout the future is given up, and the thread stays busy until the handler returns.
         """
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Json] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
         surroundings = contextvars.copy_context()
         outcome: list[Any] = [None, None]
 
         def work() -> None:
             try:
-                outcome[0] = surroundings.run(lease.handler.function, context.command, context)
+                outcome[0] = surroundings.run(function)
             except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
                 outcome[1] = error
 
@@ -202,7 +226,7 @@ class Runner:
             except RuntimeError:
                 logger.warning("a handler ended after its worker", extra=lease.log_extra(self._worker))
 
-        self._threads.submit(work, then)
+        self._threads.submit(lease, work, then)
         try:
             return await future
         finally:
@@ -212,54 +236,43 @@ class Runner:
     async def _run_in_transaction(self, lease: Lease, command: Command) -> Ending:
         """Run the handler and record its completion in one transaction.
 
-        The completion comes last, so that its row locks are held for one commit only. When the connection breaks there,
-        the outcome is unknown and the lease is released: the fence lets that pass only if nothing was committed.
+        When the connection breaks at the end, the outcome is unknown and the lease is released: the fence lets that
+        pass only if nothing was committed.
         """
-        assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
-        ended = False
         try:
-            async with (
-                self._transactions.connection() as connection,
-                connection.transaction(),
-            ):
-                before = await execute(connection, _calls.transaction(), CALL_SECONDS)
-                ending = completed(await self._call(lease, HandlerContext(command, lease, self._bus, connection)))
-                if before != await execute(connection, _calls.transaction(last=True), CALL_SECONDS):
-                    raise PermanentCommandError(
-                        "TRANSACTION_ENDED",
-                        "the handler ended the transaction by itself: what it wrote may be committed",
-                    )
-                ended = True
-                await self._complete(connection, lease, ending)
+            if lease.handler.blocking:
+                await self._bounded(lease, self._in_thread(lease, partial(self._transact_blocking, lease, command)))
+            else:
+                await self._transact(lease, command)
         except LeaseLostError:
-            if not ended:
+            if not lease.completing:
                 raise
             logger.warning(
-                "the lease was lost; the handler's transaction is rolled back",
-                extra=lease.log_extra(self._worker),
+                "the lease was lost; the handler's transaction is rolled back", extra=lease.log_extra(self._worker)
             )
         except psycopg.Error as error:
-            if not (ended and is_connection_lost(error)):
+            if not (lease.completing and is_connection_lost(error)):
                 raise
             return Released()
         return Recorded()
 
-    async def _complete(self, connection: psycopg.AsyncConnection[Any], lease: Lease, ending: Completed) -> None:
-        item = lease.item(f',"result":{ending.result}')
-        for _ in range(_BUSY_TRIES):
-            try:
-                answers = await execute(connection, _calls.complete(lease.claimed.domain, [item]), CALL_SECONDS)
-            except psycopg.Error as error:
-                if not is_refusal(error):
-                    raise
-                raise unstorable(error) from None
-            match answers[lease.claimed.command_id]:
-                case "done":
-                    return
-                case "lost":
-                    raise LeaseLostError(f"command {lease.claimed.command_id}: the lease is lost")
-            await asyncio.sleep(0.05)
-        raise TransientCommandError("BUSY", "the command's row stayed locked by somebody else")
+    async def _transact(self, lease: Lease, command: Command) -> None:
+        assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
+        async with self._transactions.connection() as connection, connection.transaction():
+            await drive(
+                handle(lease),
+                lambda call: execute(connection, call, CALL_SECONDS),
+                lambda: self._bounded(lease, self._call(lease, command, connection)),
+            )
+
+    def _transact_blocking(self, lease: Lease, command: Command) -> None:
+        assert self._connections is not None  # noqa: S101 - as above
+        with self._connections.transaction() as connection:
+            drive_blocking(
+                handle(lease),
+                partial(execute_blocking, connection),
+                lambda: self._call_blocking(lease, command, connection),
+            )
 
 
 def _is_cancelling() -> bool:

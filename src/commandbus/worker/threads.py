@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 from commandbus.errors import ConfigurationError
+from commandbus.model import StuckHandler
+from commandbus.worker.leases import Lease
 
 
 def pool_size(given: int | None) -> int:
@@ -33,12 +37,13 @@ class HandlerThreads:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._work: queue.SimpleQueue[tuple[Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Lease, Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._busy = 0
+        self._running: dict[int, Lease] = {}  # by the identity of the thread
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+    def submit(self, lease: Lease, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Run `work` in a thread, and then `then` there, when the thread is free again; neither may raise."""
         with self._lock:
             self._busy += 1
@@ -47,20 +52,40 @@ class HandlerThreads:
                 thread = threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._work.put((work, then))
+        self._work.put((lease, work, then))
 
     def close(self) -> None:
         """Let the idle threads end; a busy one ends after its work."""
         for _ in self._threads:
             self._work.put(None)
 
+    def runs_here(self) -> bool:
+        """Whether the calling thread is one of these, with a handler in it."""
+        return threading.get_ident() in self._running
+
+    def stuck(self) -> tuple[StuckHandler, ...]:
+        """Return the handlers that still run, each with the stack of its thread."""
+        frames = sys._current_frames()  # noqa: SLF001 - documented, and the only way
+        return tuple(
+            StuckHandler(
+                lease.claimed.domain,
+                lease.claimed.command_id,
+                lease.claimed.command_type,
+                "".join(traceback.format_stack(frames[ident])) if ident in frames else "",
+            )
+            for ident, lease in list(self._running.items())
+        )
+
     def _serve(self) -> None:
+        ident = threading.get_ident()
         while (job := self._work.get()) is not None:
-            work, then = job
+            lease, work, then = job
+            self._running[ident] = lease
             try:
                 work()
             finally:
+                del self._running[ident]
                 with self._lock:
                     self._busy -= 1
                 then()
-            del job, work, then  # an idle thread keeps nothing of its last command alive
+            del job, lease, work, then  # an idle thread keeps nothing of its last command alive

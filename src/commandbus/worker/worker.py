@@ -8,16 +8,22 @@ import logging
 import os
 import secrets
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
+
+import psycopg
 
 from commandbus._calls import Claimed
 from commandbus._database import Database
 from commandbus.bus import CommandBus
 from commandbus.errors import ConfigurationError
-from commandbus.handlers import Handler, HandlerRegistry
+from commandbus.handlers import BlockingContext, Handler, HandlerRegistry, Middleware
+from commandbus.model import Command, StopReport
 from commandbus.worker.claimer import Claimer, Lane
+from commandbus.worker.endings import Ending, Released
 from commandbus.worker.finisher import Finisher
 from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.leases import Lease, Leases
@@ -26,6 +32,7 @@ from commandbus.worker.renewer import Renewer
 from commandbus.worker.runner import Runner
 from commandbus.worker.signals import stopping_on_signals
 from commandbus.worker.threads import HandlerThreads, pool_size
+from commandbus.worker.transactions import complete_on_blocking
 
 logger = logging.getLogger("commandbus.worker")
 
@@ -40,7 +47,8 @@ class Worker:
     each in a thread; default `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a
     command stays this worker's without renewal; it renews every third of it. `grace`: how long `run` waits for
     running handlers when it stops. `transactional_connections`: how many transactional handlers run at once, each on
-    a connection of a pool of its own that is opened only if the registry has one.
+    a connection of a pool of its own that is opened only if the registry has one. `middleware`: context managers that
+    are entered around each `def` handler in its own thread, see `Middleware`.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class Worker:
         lease: timedelta = timedelta(seconds=60),
         grace: timedelta = timedelta(seconds=30),
         transactional_connections: int = 4,
+        middleware: Sequence[Middleware] = (),
     ) -> None:
         if concurrency < 1 or transactional_connections < 1:
             raise ConfigurationError("concurrency and transactional_connections must be at least 1")
@@ -71,13 +80,15 @@ class Worker:
         self._grace = grace.total_seconds()
         self._leases = Leases(self.name, lease)
         self._transactional_connections = transactional_connections
+        self._middleware = middleware
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ran = False
         self._stops = 0
+        self._ended_before: Counter[type[Ending]] = Counter()
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
 
-    async def run(self) -> None:
+    async def run(self) -> StopReport:
         """Work until `stop()`, SIGTERM or SIGINT; then let running handlers finish within the grace, and return.
 
         What has not ended by then is released, uncharged. A second signal ends the grace. Trouble with the database is
@@ -99,13 +110,15 @@ class Worker:
                     self._thread_pool_size,
                 )
                 await self._work(database)
-            logger.info("worker %s has stopped", self.name)
+            return self._report()
 
-    def stop(self) -> None:
+    def stop(self, grace: timedelta | None = None) -> None:
         """Stop claiming; `run` returns when the running handlers have ended. Any thread may call it.
 
-        A second call ends the grace.
+        `grace`: instead of the one that the worker was made with. A second call ends the grace.
         """
+        if grace is not None:
+            self._grace = grace.total_seconds()
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
                 self._loop.call_soon_threadsafe(self._stop)
@@ -114,6 +127,8 @@ class Worker:
 
     def _stop(self) -> None:
         self._stops += 1
+        if self._stops == 1:
+            self._ended_before = self._runner.ended.copy()
         self._claimer.stop()
         if self._stops > 1:
             self._hurry.set()
@@ -128,6 +143,8 @@ class Worker:
             bus=self._bus,
             threads=self._threads,
             transactions=transactions,
+            context=self._blocking_context,
+            middleware=self._middleware,
             finish=self._finisher.put,
             freed=self._freed,
         )
@@ -141,12 +158,23 @@ class Worker:
         )
         self._renewer = Renewer(database, self._leases, self._lose, self._fail_from_thread)
 
+    def _blocking_context(
+        self, command: Command, lease: Lease, connection: psycopg.Connection[Any] | None
+    ) -> BlockingContext[Any]:
+        """Return what a `def` handler is given; the blocking worker has its own."""
+        return BlockingContext(command, lease, self._bus, connection, partial(complete_on_blocking, lease))
+
     def _lanes(self) -> list[Lane]:
-        """One lane for each domain and kind of slot: loop, thread, transaction."""
+        """One lane for each domain and kind of slot: loop, thread, transaction, or a thread with a transaction."""
         lanes: dict[tuple[str, str], list[str]] = {}
         for handler in self._handlers:
             lanes.setdefault((handler.domain, _kind(handler)), []).append(handler.command_type)
-        free = {"loop": self._free, "thread": self._free_threads, "transaction": self._free_transactions}
+        free = {
+            "loop": self._free,
+            "thread": self._free_threads,
+            "transaction": self._free_transactions,
+            "thread with a transaction": lambda: min(self._free_threads(), self._free_transactions()),
+        }
         return [Lane(domain, types, free[kind]) for (domain, kind), types in lanes.items()]
 
     def _free(self) -> int:
@@ -239,7 +267,22 @@ class Worker:
             finishing.cancel()
         await asyncio.gather(finishing, *helpers, return_exceptions=True)
         self._threads.close()
-        await asyncio.to_thread(self._renewer.stop, _RENEWER_SECONDS)
+        self._runner.close()
+        await self._renewer.stop(_RENEWER_SECONDS)
+
+    def _report(self) -> StopReport:
+        ended = self._runner.ended - self._ended_before
+        released = ended.pop(Released, 0)
+        report = StopReport(ended.total(), released, self._threads.stuck())
+        logger.info("worker %s has stopped: %d finished, %d released", self.name, report.finished, released)
+        for handler in report.stuck:
+            logger.warning(
+                "the handler of %s command %s is stuck in its thread; nothing that it does is recorded any more\n%s",
+                handler.command_type,
+                handler.command_id,
+                handler.stack,
+            )
+        return report
 
     def _fail_from_thread(self, error: BaseException) -> None:
         if self._loop is not None:
@@ -271,6 +314,12 @@ class Worker:
 
 
 def _kind(handler: Handler) -> str:
-    if handler.transactional:
-        return "transaction"
-    return "thread" if handler.blocking else "loop"
+    match handler.blocking, handler.transactional:
+        case True, True:
+            return "thread with a transaction"
+        case True, False:
+            return "thread"
+        case _, True:
+            return "transaction"
+        case _:
+            return "loop"

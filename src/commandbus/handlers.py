@@ -16,10 +16,7 @@ from commandbus.model import Command, Json
 from commandbus.policy import RetryPolicy
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
+    from commandbus.bus import CommandBus  # noqa: F401 - it stands in a string below
 
 
 class _Lease(Protocol):

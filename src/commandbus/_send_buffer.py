@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
+from uuid import UUID
 
 from commandbus import _calls
 from commandbus._calls import MAX_BYTES, Outgoing
@@ -57,9 +58,12 @@ class Parcel:
         return not self.maybe_sent and all(outgoing.minted for outgoing in self.outgoings)
 
     @property
+    def first_id(self) -> UUID:
+        return self.outgoings[0].command_id
+
+    @property
     def name(self) -> str:
-        first = self.outgoings[0].command_id
-        return f"command {first}" if len(self.outgoings) == 1 else f"a batch of commands from {first} on"
+        return f"command {self.first_id}" if len(self.outgoings) == 1 else f"a batch from command {self.first_id} on"
 
     def rows(self) -> list[str]:
         return [outgoing.row(minted=outgoing.minted and not self.maybe_sent) for outgoing in self.outgoings]
@@ -76,24 +80,31 @@ class Parcel:
 
     def expire(self, timeout: float) -> None:
         """Give up after so many seconds: withdrawn if it still waits, else of unknown outcome."""
-        command_id = self.outgoings[0].command_id
         if self.under_way or self.maybe_sent:
             message = f"{self.name} may or may not have been sent within {timeout:.1f} s: send it again with this id"
-            self.fail(OutcomeUnknownError(message, command_id))
+            self.fail(OutcomeUnknownError(message, self.first_id))
         else:
             message = f"{self.name} was withdrawn after {timeout:.1f} s: it was not sent"
-            self.fail(SendTimeoutError(message, command_id))
+            self.fail(SendTimeoutError(message, self.first_id))
 
     def withdraw(self) -> None:
         """Give up because the caller was interrupted, and tell nobody but `fate`."""
         self.expire(0)
+
+    def result(self) -> list[str]:
+        """Return the outcomes, or raise why there are none; `OutcomeUnknownError` when it is not settled."""
+        if self.outcomes is not None:
+            return self.outcomes
+        if self.error is None:
+            raise OutcomeUnknownError(f"{self.name} may have been sent: send it again with this id", self.first_id)
+        raise self.error
 
     @property
     def fate(self) -> str:
         """What an interrupted caller is told, as a note on its exception."""
         if self.outcomes is not None:
             return f"{self.name} was sent"
-        doubt = self.under_way or self.maybe_sent
+        doubt = self.waits or self.under_way or self.maybe_sent
         return f"{self.name} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
 
 
@@ -129,15 +140,12 @@ class SendBuffer:
         try:
             await settled
         except asyncio.CancelledError as error:
-            error.add_note(parcel.fate)
             parcel.withdraw()
+            error.add_note(parcel.fate)
             raise
         finally:
             timer.cancel()
-        if parcel.error is not None:
-            raise parcel.error
-        assert parcel.outcomes is not None  # noqa: S101 - it is settled
-        return parcel.outcomes
+        return parcel.result()
 
     async def drain(self) -> None:
         """Wait until nothing is under way."""

@@ -86,6 +86,7 @@ class Worker:
         self._stops = 0
         self._ended_before: Counter[type[Ending]] = Counter()
         self._hurry = asyncio.Event()
+        self._threads = HandlerThreads(self.name)
         self._failure: BaseException | None = None
 
     async def run(self) -> StopReport:
@@ -136,7 +137,6 @@ class Worker:
     # -- composing -----------------------------------------------------------------------------------------------------
 
     def _compose(self, database: Database, transactions: Database | None) -> None:
-        self._threads = HandlerThreads(self.name)
         self._finisher = Finisher(database, self._leases, self._freed)
         self._runner = Runner(
             worker=self.name,

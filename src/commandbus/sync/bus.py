@@ -1,0 +1,256 @@
+"""The blocking command bus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from threading import Lock
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from uuid import UUID
+
+from commandbus._calls import Outgoing
+from commandbus._connections import run_on
+from commandbus._send_buffer import Parcel
+from commandbus.bus import CommandBus, _receipt
+from commandbus.errors import ClosedError, WrongLoopError
+from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
+from commandbus.sync.defaults import default_runtime
+from commandbus.sync.runtime import SETTLE_SECONDS, SyncRuntime, wait
+from commandbus.tracing import Tracing
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class SyncCommandBus:
+    """The same bus as `CommandBus`, for code without an event loop. Any number of threads may share one.
+
+    `dsn` and the options are those of `CommandBus`; instead of a DSN it takes a `CommandBus`, which nobody has opened
+    unless on the loop of `runtime`. It connects when it is first used, in each process anew: make one at import, and
+    use it before or after a fork. `runtime`: default, the one that all blocking parts of the process share.
+
+    Concurrent sends of all threads share a few connections, statements and commits. Ctrl-C and other exceptions from
+    outside pass through a call unchanged, with a note that says what is known of a command that was being sent.
+    Raises `SyncInAsyncError` in a thread in which an event loop runs.
+    """
+
+    def __init__(
+        self,
+        dsn: str | CommandBus | None = None,
+        *,
+        runtime: SyncRuntime | None = None,
+        send_timeout: timedelta = timedelta(seconds=30),
+        flush_connections: int = 4,
+        tracing: Tracing | None = None,
+        transaction_pooler: bool = False,
+        application_name: str = "commandbus",
+    ) -> None:
+        self.runtime = runtime or default_runtime()
+        if isinstance(dsn, CommandBus):
+            self._bus = dsn
+        else:
+            self._bus = CommandBus(
+                dsn,
+                send_timeout=send_timeout,
+                flush_connections=flush_connections,
+                tracing=tracing,
+                transaction_pooler=transaction_pooler,
+                application_name=application_name,
+            )
+        self._ours = True
+        self._open_in: int | None = None  # the generation of the runtime in which the bus was opened
+        self._closed = False
+
+    def open(self) -> None:
+        """Connect and check the schema, as the first call would.
+
+        Raises `DatabaseUnavailableError`, or `SchemaError` that says what to run.
+        """
+        self.runtime.check("CommandBus.open")
+        self.opened()
+
+    def close(self) -> None:
+        """Let the sends that are under way end, then close the connections. Closing twice is allowed."""
+        self.runtime.check("CommandBus.close")
+        with self.runtime.opening:
+            self._closed = True
+            if self._open_in == self.runtime.generation and self._ours and not self.runtime.closed:
+                self.runtime.disown(self._close)
+                self.runtime.run(self._bus.close)
+            self._open_in = None
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def opened(self) -> CommandBus:
+        """Return the async bus, open on the runtime's loop; for the other parts of the library."""
+        if self._open_in == self.runtime.generation and not self.runtime.closed:
+            return self._bus
+        with self.runtime.opening:
+            if self._open_in != self.runtime.generation or self.runtime.closed:
+                self._open()
+            return self._bus
+
+    def _open(self) -> None:
+        if self._closed:
+            raise ClosedError("this bus was closed: make a new one")
+        loop = self.runtime.start()
+        stale = self._open_in is not None or self._bus._closed
+        bus = self._bus._fresh() if stale else self._bus
+        if bus._loop is None:
+            self.runtime.run(bus.open)
+            self.runtime.adopt(self._close)
+        elif bus._loop is loop:
+            self._ours = False
+        else:
+            raise WrongLoopError("this bus was opened on another event loop: give SyncRuntime.of(loop) as runtime")
+        self._bus, self._open_in = bus, self.runtime.generation
+
+    async def _close(self, seconds: float) -> None:
+        del seconds
+        await self._bus.close()
+
+    def _call(
+        self, function: Callable[Concatenate[CommandBus, P], Coroutine[Any, Any, T]], *args: P.args, **more: P.kwargs
+    ) -> T:
+        self.runtime.check(function.__qualname__)
+        return self.runtime.run(partial(function, self.opened(), *args, **more))
+
+    # -- sending -------------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        domain: str,
+        command_type: str,
+        data: Json,
+        *,
+        command_id: UUID | None = None,
+        correlation_id: str | None = None,
+        reply_to: str | None = None,
+        max_attempts: int | None = None,
+        delay: timedelta | None = None,
+        priority: int = 0,
+        headers: Mapping[str, str] | None = None,
+        connection: object = None,
+    ) -> Receipt:
+        """Send one command; see `CommandBus.send`. Durable when this returns.
+
+        With `connection`, a blocking connection of psycopg, SQLAlchemy or Django, it is sent in this thread, without
+        the event loop, as part of your transaction. When an exception from outside interrupts the call, a note on it
+        says whether the command may have been sent.
+        """
+        self.runtime.check("CommandBus.send")
+        request = SendRequest(
+            domain,
+            command_type,
+            data,
+            command_id=command_id,
+            correlation_id=correlation_id,
+            reply_to=reply_to,
+            max_attempts=max_attempts,
+            delay=delay,
+            priority=priority,
+            headers=headers,
+        )
+        if connection is not None:
+            return run_on(connection, self._bus.sending([request]))[0]
+        bus = self.opened()
+        outgoing = bus._outgoing(request)
+        return _receipt(outgoing, *self._deliver(bus, [outgoing]))
+
+    def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
+        """Send any number of commands; see `CommandBus.send_batch`."""
+        self.runtime.check("CommandBus.send_batch")
+        if connection is not None:
+            return run_on(connection, self._bus.sending(requests, all_or_none=True))
+        bus = self.opened()
+        return self.runtime.run(bus._send_chunks, [bus._outgoing(request) for request in requests])
+
+    def _deliver(self, bus: CommandBus, outgoings: Sequence[Outgoing]) -> list[str]:
+        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcomes."""
+        settled = Lock()
+        settled.acquire()
+        parcel = Parcel(outgoings, settled.release)
+        try:
+            self.runtime.submit(partial(bus._buffer.put, parcel), parcel.fail)
+            if not wait(settled, bus._send_timeout):
+                self.runtime.submit(partial(parcel.expire, bus._send_timeout), parcel.fail)
+                wait(settled, SETTLE_SECONDS)
+            return parcel.result()
+        except BaseException as interruption:
+            if interruption is not parcel.error:
+                if parcel.waits:
+                    self.runtime.submit(parcel.withdraw, parcel.fail)
+                    wait(settled, SETTLE_SECONDS)
+                interruption.add_note(parcel.fate)
+            raise
+        finally:
+            del parcel
+
+    def wake(self, *domains: str) -> None:
+        """Hint to the workers of these domains that there is work; see `CommandBus.wake`."""
+        self._call(CommandBus.wake, *domains)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def get_command(self, command: Receipt | str, command_id: UUID | None = None) -> Command:
+        """Return a command, by its receipt or by domain and id. Raises `CommandNotFoundError`."""
+        return self._call(CommandBus.get_command, command, command_id)
+
+    def query_commands(
+        self,
+        *,
+        domain: str | None = None,
+        status: CommandStatus | None = None,
+        command_type: str | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> Page[Command]:
+        """Return a page of commands, unfinished and finished, newest first within a domain. `limit`: 1 to 1,000."""
+        return self._call(
+            CommandBus.query_commands,
+            domain=domain,
+            status=status,
+            command_type=command_type,
+            limit=limit,
+            cursor=cursor,
+        )
+
+    def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
+        """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
+        return self._call(CommandBus.get_audit_trail, command, command_id)
+
+    def count(
+        self,
+        *,
+        domain: str | None = None,
+        status: CommandStatus | None = None,
+        command_type: str | None = None,
+    ) -> int:
+        """Count the commands that are kept, finished ones included."""
+        return self._call(CommandBus.count, domain=domain, status=status, command_type=command_type)
+
+    def stats(self, *, domain: str | None = None) -> list[Stat]:
+        """Count what is unfinished, by domain, type and status, each with the time its oldest was sent."""
+        return self._call(CommandBus.stats, domain=domain)
+
+    # -- ending --------------------------------------------------------------------------------------------------------
+
+    def cancel(
+        self,
+        command: Receipt | str,
+        command_id: UUID | None = None,
+        *,
+        operator: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """End an unfinished command as `CANCELED`; see `CommandBus.cancel`. Durable when this returns."""
+        self._call(CommandBus.cancel, command, command_id, operator=operator, reason=reason)

@@ -268,6 +268,11 @@ def transaction(*, last: bool = False) -> Call[str]:
     )
 
 
+def pause(seconds: float) -> Call[None]:
+    """Wait on the connection, whatever its colour."""
+    return Call("SELECT pg_sleep(%s)", (seconds,), lambda _: None)
+
+
 # -- people ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
-from commandbus._database import Database, execute_on, savepoint_on
+from commandbus._connections import Steps, Work, arun_on
+from commandbus._database import Database
 from commandbus._failures import refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
@@ -174,15 +175,12 @@ class CommandBus:
             priority=priority,
             headers=headers,
         )
-        outgoing = self._outgoing(request)
         if connection is not None:
-            row = outgoing.row(minted=outgoing.minted)
-            with refusals_of(f"command {outgoing.command_id}"):
-                (outcome,) = await execute_on(connection, _calls.send([row]))
-        else:
-            self._check_open()
-            (outcome,) = await self._buffer.send([outgoing], self._send_timeout)
-        return _receipt(outgoing, outcome)
+            (receipt,) = await arun_on(connection, self.sending([request]))
+            return receipt
+        outgoing = self._outgoing(request)
+        self._check_open()
+        return _receipt(outgoing, *await self._buffer.send([outgoing], self._send_timeout))
 
     async def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; returns their receipts in order. Raises what `send` raises.
@@ -191,15 +189,9 @@ class CommandBus:
         chunks of up to 1,000 commands or 1 MiB, each durable on its own: when one fails after others,
         `PartialSendError` carries the receipts of what is durable.
         """
-        everything = [self._outgoing(request) for request in requests]
         if connection is not None:
-            receipts: list[Receipt] = []
-            with refusals_of("the batch"):
-                async with savepoint_on(connection):
-                    for chunk in _chunks(everything):
-                        rows = [outgoing.row(minted=outgoing.minted) for outgoing in chunk]
-                        _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
-            return receipts
+            return await arun_on(connection, self.sending(requests, all_or_none=True))
+        everything = [self._outgoing(request) for request in requests]
         return await self._send_chunks(everything)
 
     async def _send_chunks(self, everything: list[Outgoing]) -> list[Receipt]:
@@ -208,6 +200,9 @@ class CommandBus:
         for chunk in _chunks(everything):
             try:
                 _settle(chunk, await self._buffer.send(chunk, self._send_timeout), receipts)
+            except asyncio.CancelledError as error:
+                error.add_note(f"{len(receipts)} of the {len(everything)} commands of the batch are durable before it")
+                raise
             except (CommandBusError, psycopg.Error) as error:
                 if not receipts:
                     raise
@@ -215,6 +210,12 @@ class CommandBus:
                     f"{len(receipts)} of {len(everything)} commands are durable; then: {error}", receipts
                 ) from error
         return receipts
+
+    def sending(self, requests: Sequence[SendRequest], *, all_or_none: bool = False) -> Work[list[Receipt]]:
+        """Return what sends these on a connection of the caller's, for the other parts of the library."""
+        everything = [self._outgoing(request) for request in requests]
+        domains = frozenset(outgoing.domain for outgoing in everything)
+        return Work(_sending(everything, all_or_none=all_or_none), self._wake_soon, domains, all_or_none)
 
     async def wake(self, *domains: str) -> None:
         """Hint to the workers of these domains that there is work, for instance after your transaction committed.
@@ -224,6 +225,16 @@ class CommandBus:
         database = self.database
         with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, SchemaError):
             await database.run(_calls.wake(domains))
+
+    def _wake_soon(self, domains: Collection[str]) -> None:
+        """Do what `wake` does, soon; from any thread, without waiting, without raising."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._owe_hints, frozenset(domains))
+
+    def _owe_hints(self, domains: Collection[str]) -> None:
+        if not self._closed:
+            self._hints.owe(domains)
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         given: object = request
@@ -305,6 +316,16 @@ class CommandBus:
         problem = explain_mismatch(*found)
         if problem is not None:
             raise SchemaError(problem)
+
+
+def _sending(everything: list[Outgoing], *, all_or_none: bool) -> Steps[list[Receipt]]:
+    """Send on a connection of the caller's, which is not ours to try again on."""
+    receipts: list[Receipt] = []
+    for chunk in _chunks(everything):
+        with refusals_of("the batch" if all_or_none else f"command {chunk[0].command_id}"):
+            outcomes = yield _calls.send([outgoing.row(minted=outgoing.minted) for outgoing in chunk])
+        _settle(chunk, outcomes, receipts)
+    return receipts
 
 
 def _settle(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt]) -> None:

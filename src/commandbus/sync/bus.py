@@ -16,8 +16,9 @@ from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus, _receipt
 from commandbus.errors import ClosedError, WrongLoopError
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
+from commandbus.sync.call import SETTLE_SECONDS, wait
 from commandbus.sync.defaults import default_runtime
-from commandbus.sync.runtime import SETTLE_SECONDS, SyncRuntime, wait
+from commandbus.sync.runtime import SyncRuntime
 from commandbus.tracing import Tracing
 
 P = ParamSpec("P")

@@ -26,9 +26,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, Unpack, overload
+from typing import Any, Self, TypeAlias, TypeVar, TypeVarTuple, overload
 
 from commandbus.errors import ClosedError, ConfigurationError, SyncInAsyncError
+from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -38,8 +39,6 @@ Closer: TypeAlias = Callable[[float], Awaitable[object]]
 logger = logging.getLogger("commandbus.sync")
 
 EXIT_SECONDS = 5.0
-SETTLE_SECONDS = 5.0
-"""How long a caller that gave up waits for the end of what it has cancelled."""
 _POLICIES = ("raise", "warn", "allow")
 
 
@@ -92,17 +91,20 @@ class SyncRuntime:
     # -- calling -------------------------------------------------------------------------------------------------------
 
     @overload
-    def run(self, function: Coroutine[Any, Any, T], *, timeout: float | timedelta | None = None) -> T: ...
+    def run(self, function: Coroutine[Any, Any, T], /, *, timeout: float | timedelta | None = None) -> T: ...
 
     @overload
     def run(
         self,
-        function: Callable[[Unpack[Ts]], Coroutine[Any, Any, T]],
-        *args: Unpack[Ts],
+        function: Callable[[*Ts], Coroutine[Any, Any, T]],
+        /,
+        *args: *Ts,
         timeout: float | timedelta | None = None,
     ) -> T: ...
 
-    def run(self, function: Any, *args: Any, timeout: float | timedelta | None = None) -> Any:
+    def run(  # type: ignore[misc] # mypy does not match *args with a TypeVarTuple
+        self, function: Any, /, *args: Any, timeout: float | timedelta | None = None
+    ) -> Any:
         """Run an async function with these arguments, or a coroutine, on the loop; return its result in this thread.
 
         It runs in a copy of this thread's context, and its exceptions are raised here. After `timeout` (seconds, or a
@@ -132,19 +134,19 @@ class SyncRuntime:
         """Wait for a call and return its result; see `run`. Several threads may join one call."""
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         try:
-            if wait(call.ended, seconds):
-                return call.outcome()
+            if not wait(call.ended, seconds):
+                self._give_up(call)
+                if not call.done or isinstance(call.error, asyncio.CancelledError):
+                    raise TimeoutError(f"the call did not end within {seconds} s: it was cancelled")
+            return call.outcome()
         except BaseException as interruption:
             if not call.done:
                 self._give_up(call)
+            if interruption is not call.error:
                 call.explain(interruption)
             raise
-        self._give_up(call)
-        if call.done and not isinstance(call.error, asyncio.CancelledError):
-            return call.outcome()
-        late = TimeoutError(f"the call did not end within {seconds} s: it was cancelled")
-        call.explain(late)
-        raise late
+        finally:
+            del call  # a cycle of exception, traceback and frame would keep the caller's locals alive
 
     def _give_up(self, call: Call) -> None:
         self.submit(call.cancel, call.fail)
@@ -240,7 +242,7 @@ class SyncRuntime:
             self._refuse_all()
 
     def adopt(self, close: Closer) -> None:
-        """Call this when the runtime shuts down, with the seconds that are left, and await it; the last adopted first."""
+        """Call this at the shutdown, with the seconds that are left, and await it; the last adopted first."""
         self._closers.append(close)
 
     def disown(self, close: Closer) -> None:
@@ -301,82 +303,6 @@ class SyncRuntime:
         self.generation += 1
         self._closed = self._closed or self._foreign is not None
         self._renew()
-
-
-class Call:
-    """One call: made in a thread, carried out on the loop."""
-
-    __slots__ = ("_context", "_make", "_task", "done", "ended", "error", "result")
-
-    def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._make = make
-        self._context = contextvars.copy_context()
-        self._task: asyncio.Task[None] | None = None
-        self.done = False
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.ended = threading.Lock()
-        self.ended.acquire()
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self.done:
-            self._task = loop.create_task(self._carry_out(), context=self._context)
-
-    async def _carry_out(self) -> None:
-        try:
-            self._end(await self._make(), None)
-        except BaseException as error:  # noqa: BLE001 - all of it is the caller's
-            self._end(None, error)
-
-    def _end(self, result: object, error: BaseException | None) -> None:
-        if not self.done:
-            self.result, self.error, self.done = result, error, True
-            self._task = None
-            self.ended.release()
-
-    def cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        else:
-            self._end(None, asyncio.CancelledError())
-
-    def fail(self, error: Exception) -> None:
-        self._end(None, error)
-
-    async def wait(self) -> None:
-        """Wait on the loop until it has ended."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
-    def outcome(self) -> Any:  # noqa: ANN401 - whatever it returned
-        """Return the result, or raise the exception."""
-        if self.error is None:
-            return self.result
-        try:
-            if isinstance(self.error, asyncio.CancelledError):
-                raise ClosedError("the call was cancelled: its runtime was shut down") from None
-            raise self.error
-        finally:
-            del self  # no cycle of exception, traceback and frame keeps the caller's locals alive
-
-    def explain(self, interruption: BaseException) -> None:
-        """Tell on the caller's exception what the cancelled call has said of itself."""
-        for note in getattr(self.error, "__notes__", ()):
-            interruption.add_note(note)
-
-
-def wait(gate: threading.Lock, timeout: float | None) -> bool:
-    """Wait until another thread has released the gate, and leave it open; Ctrl-C comes through."""
-    if sys.platform != "win32":
-        opened = gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
-    else:
-        end = None if timeout is None else time.monotonic() + timeout
-        while not (opened = gate.acquire(timeout=0.1)):  # there no signal interrupts a lock before Python 3.14
-            if end is not None and time.monotonic() >= end:
-                break
-    if opened:
-        gate.release()
-    return opened
 
 
 def _policy(given: str | None) -> str:

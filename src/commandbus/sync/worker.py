@@ -14,8 +14,8 @@ from commandbus.errors import ConfigurationError
 from commandbus.handlers import BlockingContext, HandlerRegistry, Middleware
 from commandbus.model import Command, StopReport
 from commandbus.sync.bus import SyncCommandBus
+from commandbus.sync.call import Call
 from commandbus.sync.defaults import default_pool_size
-from commandbus.sync.runtime import Call
 from commandbus.worker.leases import Lease
 from commandbus.worker.signals import stopping_on_signals
 from commandbus.worker.transactions import complete_on_blocking
@@ -52,9 +52,7 @@ class _Worker(Worker):
     def _blocking_context(
         self, command: Command, lease: Lease, connection: psycopg.Connection[Any] | None
     ) -> SyncHandlerContext:
-        return SyncHandlerContext(
-            command, lease, self.blocking_bus, connection, partial(complete_on_blocking, lease)
-        )
+        return SyncHandlerContext(command, lease, self.blocking_bus, connection, partial(complete_on_blocking, lease))
 
 
 class SyncWorker:

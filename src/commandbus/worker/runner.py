@@ -13,7 +13,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg
 
-from commandbus._database import CALL_SECONDS, Database, execute, execute_blocking
+from commandbus._connections import adopt, drive, drive_blocking
+from commandbus._database import CALL_SECONDS, Database, execute
 from commandbus._failures import is_connection_lost, printable
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, TransientCommandError
@@ -22,7 +23,7 @@ from commandbus.model import Command, Json
 from commandbus.worker.endings import Ending, Failed, Recorded, Released, completed, failed, storable, unreadable
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
-from commandbus.worker.transactions import BlockingConnections, complete_on, drive, drive_blocking, handle
+from commandbus.worker.transactions import RUN, BlockingConnections, complete_on, handle
 
 logger = logging.getLogger("commandbus.worker")
 
@@ -259,20 +260,23 @@ class Runner:
     async def _transact(self, lease: Lease, command: Command) -> None:
         assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
         async with self._transactions.connection() as connection, connection.transaction():
-            await drive(
-                handle(lease),
-                lambda call: execute(connection, call, CALL_SECONDS),
-                lambda: self._bounded(lease, self._call(lease, command, connection)),
-            )
+
+            def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
+                if wanted is RUN:
+                    return self._bounded(lease, self._call(lease, command, connection))
+                return execute(connection, wanted, CALL_SECONDS)
+
+            await drive(handle(lease), perform)
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
         with self._connections.transaction() as connection:
-            drive_blocking(
-                handle(lease),
-                partial(execute_blocking, connection),
-                lambda: self._call_blocking(lease, command, connection),
-            )
+            own = adopt(connection)
+
+            def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN
+                return self._call_blocking(lease, command, connection) if wanted is RUN else own.execute(wanted)
+
+            drive_blocking(handle(lease), perform)
 
 
 def _is_cancelling() -> bool:

@@ -1,48 +1,30 @@
-"""A handler's writes and its completion in one transaction: what is said to the database, for both colours.
-
-Each protocol is a generator without I/O. It yields the calls to execute, `RUN` where the handler is to be called, and
-`PAUSE` where another try should wait; `drive` and `drive_blocking` execute them on an async or a blocking connection.
-"""
+"""A handler's writes and its completion in one transaction: what is said to the database, for both colours."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
-from enum import Enum
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Collection, Iterator
+from typing import Any, Final
 
 import psycopg
 
 from commandbus import _calls
-from commandbus._calls import Call
-from commandbus._database import Database, execute_on, execute_on_blocking, reset_blocking
+from commandbus._connections import Steps, Work, arun_on, run_on
+from commandbus._database import Database, reset_blocking
 from commandbus._failures import is_refusal
 from commandbus.errors import LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
 from commandbus.worker.endings import completed, unstorable
 from commandbus.worker.leases import Lease
 
+RUN: Final = object()
+"""What the steps of `handle` yield where the handler is to be called; its result is the answer."""
 
-class Step(Enum):
-    """What a protocol wants besides a call."""
-
-    RUN = "call the handler; its result comes back"
-    PAUSE = "wait a moment"
+_BUSY_TRIES, _BUSY_PAUSE = 40, 0.05  # seconds
 
 
-RUN, PAUSE = Step.RUN, Step.PAUSE
-T = TypeVar("T")
-Protocol: TypeAlias = Generator[Call[Any] | Step, Any, T]
-
-_BUSY_TRIES = 40
-_BUSY_PAUSE = 0.05  # seconds
-
-
-def handle(lease: Lease) -> Protocol[None]:
+def handle(lease: Lease) -> Steps[None]:
     """Run the handler, and complete its command as the last statement of the open transaction.
 
     The completion comes last, so that its row locks are held for one commit only.
@@ -56,7 +38,7 @@ def handle(lease: Lease) -> Protocol[None]:
     yield from complete(lease, result)
 
 
-def complete(lease: Lease, result: Json) -> Protocol[None]:
+def complete(lease: Lease, result: Json) -> Steps[None]:
     """Complete the lease's command in the open transaction. Raises `LeaseLostError`: the caller has to roll back."""
     item = lease.item(f',"result":{completed(result).result}')
     lease.completing = True
@@ -74,68 +56,28 @@ def complete(lease: Lease, result: Json) -> Protocol[None]:
                 return
             case "lost":
                 break
-        yield PAUSE
+        yield _calls.pause(_BUSY_PAUSE)
     else:
         raise TransientCommandError("BUSY", "the command's row stayed locked by somebody else")
     raise LeaseLostError(f"command {lease.claimed.command_id}: the lease is lost; roll back what belongs to it")
 
 
-async def drive(
-    protocol: Protocol[T],
-    run: Callable[[Call[Any]], Awaitable[Any]],
-    handler: Callable[[], Awaitable[Json]] | None = None,
-) -> T:
-    """Execute a protocol, awaiting its calls."""
-    outcome: Any = None
-    failure: BaseException | None = None
-    try:
-        while True:
-            wanted = protocol.send(outcome) if failure is None else protocol.throw(failure)
-            outcome = failure = None
-            try:
-                if isinstance(wanted, Call):
-                    outcome = await run(wanted)
-                elif wanted is RUN and handler is not None:
-                    outcome = await handler()
-                else:
-                    await asyncio.sleep(_BUSY_PAUSE)
-            except BaseException as error:  # noqa: BLE001 - the protocol decides
-                failure = error
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-
-
-def drive_blocking(
-    protocol: Protocol[T], run: Callable[[Call[Any]], Any], handler: Callable[[], Json] | None = None
-) -> T:
-    """Execute a protocol in this thread."""
-    outcome: Any = None
-    failure: BaseException | None = None
-    try:
-        while True:
-            wanted = protocol.send(outcome) if failure is None else protocol.throw(failure)
-            outcome = failure = None
-            try:
-                if isinstance(wanted, Call):
-                    outcome = run(wanted)
-                elif wanted is RUN and handler is not None:
-                    outcome = handler()
-                else:
-                    time.sleep(_BUSY_PAUSE)
-            except BaseException as error:  # noqa: BLE001 - the protocol decides
-                failure = error
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-
-
 async def complete_on(lease: Lease, connection: object, result: Json) -> None:
     """Complete the lease's command in the caller's transaction; see `HandlerContext.complete_on`."""
-    await drive(complete(lease, result), partial(execute_on, connection))
+    await arun_on(connection, _completing(lease, result))
 
 
 def complete_on_blocking(lease: Lease, connection: object, result: Json) -> None:
     """The same, in this thread."""
-    drive_blocking(complete(lease, result), partial(execute_on_blocking, connection))
+    run_on(connection, _completing(lease, result))
+
+
+def _completing(lease: Lease, result: Json) -> Work[None]:
+    return Work(complete(lease, result), _wake_nobody, frozenset())
+
+
+def _wake_nobody(domains: Collection[str]) -> None:
+    del domains
 
 
 class BlockingConnections:

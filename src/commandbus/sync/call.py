@@ -1,0 +1,95 @@
+"""One call from a thread to the event loop of a runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from commandbus.errors import ClosedError
+
+SETTLE_SECONDS = 5.0
+"""How long a caller that gave up waits for the end of what it has cancelled."""
+
+
+class Call:
+    """One call: made in a thread, carried out on the loop."""
+
+    __slots__ = ("_context", "_make", "_task", "done", "ended", "error", "result")
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._make = make
+        self._context = contextvars.copy_context()
+        self._task: asyncio.Task[None] | None = None
+        self.done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.ended = threading.Lock()
+        self.ended.acquire()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, on the loop."""
+        if not self.done:
+            self._task = loop.create_task(self._carry_out(), context=self._context)
+
+    async def _carry_out(self) -> None:
+        try:
+            self._end(await self._make(), None)
+        except BaseException as error:  # noqa: BLE001 - all of it is the caller's
+            below = error.__traceback__ and error.__traceback__.tb_next  # this frame holds what holds the exception
+            self._end(None, error.with_traceback(below))
+
+    def _end(self, result: object, error: BaseException | None) -> None:
+        if not self.done:
+            self.result, self.error, self.done = result, error, True
+            self._task = None
+            self.ended.release()
+
+    def cancel(self) -> None:
+        """Cancel, on the loop."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._end(None, asyncio.CancelledError())
+
+    def fail(self, error: Exception) -> None:
+        """End it with this error, unless it has ended."""
+        self._end(None, error)
+
+    async def wait(self) -> None:
+        """Wait on the loop until it has ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def outcome(self) -> Any:  # noqa: ANN401 - whatever it returned
+        """Return the result, or raise the exception."""
+        if self.error is None:
+            return self.result
+        try:
+            if isinstance(self.error, asyncio.CancelledError):
+                raise ClosedError("the call was cancelled: its runtime was shut down") from None
+            raise self.error
+        finally:
+            del self  # no cycle of exception, traceback and frame keeps the caller's locals alive
+
+    def explain(self, interruption: BaseException) -> None:
+        """Tell on the caller's exception what the cancelled call has said of itself."""
+        for note in getattr(self.error, "__notes__", ()):
+            interruption.add_note(note)
+
+
+def wait(gate: threading.Lock, timeout: float | None) -> bool:
+    """Wait until another thread has released the gate, and leave it open; Ctrl-C comes through."""
+    end = None if timeout is None else time.monotonic() + timeout
+    opened = False
+    while not opened and (end is None or end > time.monotonic()):
+        left = -1.0 if end is None else max(0.0, end - time.monotonic())
+        # On Windows no signal interrupts a lock before Python 3.14.
+        opened = gate.acquire(timeout=left if sys.platform != "win32" else 0.1)
+    if opened:
+        gate.release()
+    return opened

@@ -18,7 +18,7 @@ from commandbus.errors import ClosedError, WrongLoopError
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
 from commandbus.sync.call import SETTLE_SECONDS, wait
 from commandbus.sync.defaults import default_runtime
-from commandbus.sync.runtime import SyncRuntime
+from commandbus.sync.runtime import Closer, SyncRuntime
 from commandbus.tracing import Tracing
 
 P = ParamSpec("P")
@@ -60,7 +60,7 @@ class SyncCommandBus:
                 transaction_pooler=transaction_pooler,
                 application_name=application_name,
             )
-        self._ours = True
+        self._closer: Closer | None = None  # what closes the bus at the shutdown; None: it is not ours to close
         self._open_in: int | None = None  # the generation of the runtime in which the bus was opened
         self._closed = False
 
@@ -77,8 +77,8 @@ class SyncCommandBus:
         self.runtime.check("CommandBus.close")
         with self.runtime.opening:
             self._closed = True
-            if self._open_in == self.runtime.generation and self._ours and not self.runtime.closed:
-                self.runtime.disown(self._close)
+            if self._closer is not None and self._open_in == self.runtime.generation and not self.runtime.closed:
+                self.runtime.disown(self._closer)
                 self.runtime.run(self._bus.close)
             self._open_in = None
 
@@ -108,16 +108,11 @@ class SyncCommandBus:
         bus = self._bus._fresh() if stale else self._bus
         if bus._loop is None:
             self.runtime.run(bus.open)
-            self.runtime.adopt(self._close)
-        elif bus._loop is loop:
-            self._ours = False
-        else:
+            self._closer = partial(_close, bus)
+            self.runtime.adopt(self._closer)
+        elif bus._loop is not loop:
             raise WrongLoopError("this bus was opened on another event loop: give SyncRuntime.of(loop) as runtime")
         self._bus, self._open_in = bus, self.runtime.generation
-
-    async def _close(self, seconds: float) -> None:
-        del seconds
-        await self._bus.close()
 
     def _call(
         self, function: Callable[Concatenate[CommandBus, P], Coroutine[Any, Any, T]], *args: P.args, **more: P.kwargs
@@ -255,3 +250,8 @@ class SyncCommandBus:
     ) -> None:
         """End an unfinished command as `CANCELED`; see `CommandBus.cancel`. Durable when this returns."""
         self._call(CommandBus.cancel, command, command_id, operator=operator, reason=reason)
+
+
+async def _close(bus: CommandBus, seconds: float) -> None:
+    del seconds  # each of its connections has a deadline of its own
+    await bus.close()

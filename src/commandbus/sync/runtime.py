@@ -184,10 +184,12 @@ class SyncRuntime:
         self._queue.append((function, refuse))
         if not self._armed:
             self._armed = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                assert self._loop is not None  # noqa: S101 - `start` comes before
+            assert self._loop is not None  # noqa: S101 - `start` comes before
+            try:
                 self._loop.call_soon_threadsafe(self._drain, context=contextvars.Context())
-        if self._closed:
+            except RuntimeError:  # the loop is closed
+                self._refuse_all()
+        elif self._closed:
             self._refuse_all()
 
     def _drain(self) -> None:
@@ -197,6 +199,7 @@ class SyncRuntime:
             function()
 
     def _refuse_all(self) -> None:
+        """Refuse what is in the queue, if the loop is closed; who puts something there later sees that as well."""
         if self._loop is None or self._loop.is_closed():
             with contextlib.suppress(IndexError):
                 while True:

@@ -93,6 +93,7 @@ class SyncWorker:
             middleware=middleware,
         )
         self._call: Call | None = None
+        self._generation = -1
 
     @property
     def name(self) -> str:
@@ -119,6 +120,7 @@ class SyncWorker:
         if self._call is not None:
             raise ConfigurationError("this worker has run: make a new one")
         self._worker.on(self._bus)
+        self._generation = self._runtime.generation
         self._call = self._runtime.begin(self._worker.run)
         self._runtime.adopt(self._close)
 
@@ -126,10 +128,12 @@ class SyncWorker:
         """Stop claiming, wait until the running handlers have ended, and report how that went.
 
         `grace`: instead of the one that the worker was made with. From one of its own handlers, which it cannot wait
-        for, this only asks, and returns None; so it does before the start. A second call ends the grace.
+        for, this only asks, and returns None; so it does before the start, and in a process that was forked from the
+        worker's. A second call ends the grace.
         """
         self._worker.stop(grace)
-        if self._call is None or self._worker.called_by_handler or self._runtime.is_here:
+        elsewhere = self._generation != self._runtime.generation
+        if self._call is None or elsewhere or self._worker.called_by_handler or self._runtime.is_here:
             return None
         return self._join()
 

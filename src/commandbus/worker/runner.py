@@ -23,7 +23,7 @@ from commandbus.model import Command, Json
 from commandbus.worker.endings import Ending, Failed, Recorded, Released, completed, failed, storable, unreadable
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
-from commandbus.worker.transactions import RUN, BlockingConnections, complete_on, handle
+from commandbus.worker.transactions import RUN, BlockingConnections, complete_on, handle, rolled_back
 
 logger = logging.getLogger("commandbus.worker")
 
@@ -115,8 +115,7 @@ class Runner:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
                 result = await self._bounded(lease, self._call(lease, command))
-                # It has completed its command in a transaction of its own, or that was rolled back: the fence knows.
-                return Released() if lease.completing else completed(result)
+                return rolled_back(lease) if lease.completing else completed(result)
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
                     raise

@@ -15,7 +15,7 @@ from commandbus._database import Database, reset_blocking
 from commandbus._failures import is_refusal
 from commandbus.errors import LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
-from commandbus.worker.endings import completed, unstorable
+from commandbus.worker.endings import Failed, completed, failed, unstorable
 from commandbus.worker.leases import Lease
 
 RUN: Final = object()
@@ -50,6 +50,7 @@ def complete(lease: Lease, result: Json) -> Steps[None]:
         except psycopg.Error as error:
             if not is_refusal(error):
                 raise
+            lease.completing = False
             raise unstorable(error) from None
         match answers[lease.claimed.command_id]:
             case "done":
@@ -70,6 +71,15 @@ async def complete_on(lease: Lease, connection: object, result: Json) -> None:
 def complete_on_blocking(lease: Lease, connection: object, result: Json) -> None:
     """The same, in this thread."""
     run_on(connection, _completing(lease, result))
+
+
+def rolled_back(lease: Lease) -> Failed:
+    """Return the ending of a handler that has completed its command in a transaction of its own.
+
+    If that was committed, the fence takes this for a repeated call, and nothing is written.
+    """
+    error = TransientCommandError("ROLLED_BACK", "the handler rolled back the transaction with the completion in it")
+    return failed(error, lease.handler, lease.claimed.attempts + 1)
 
 
 def _completing(lease: Lease, result: Json) -> Work[None]:

@@ -296,7 +296,10 @@ class Worker:
             older = self._leases.add(lease)
             if older is not None:
                 self._lose(older)
-            self._runner.start(lease)
+            if self._stops:  # claimed while the stop was asked for
+                self._finisher.put(lease, Released())
+            else:
+                self._runner.start(lease)
 
     def _freed(self) -> None:
         self._claimer.wake()

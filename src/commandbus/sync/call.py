@@ -19,12 +19,13 @@ SETTLE_SECONDS = 5.0
 class Call:
     """One call: made in a thread, carried out on the loop."""
 
-    __slots__ = ("_context", "_make", "_task", "done", "ended", "error", "result")
+    __slots__ = ("_context", "_make", "_task", "done", "ended", "error", "result", "submitted")
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         self._make = make
         self._context = contextvars.copy_context()
         self._task: asyncio.Task[None] | None = None
+        self.submitted = False
         self.done = False
         self.result: Any = None
         self.error: BaseException | None = None
@@ -59,6 +60,16 @@ class Call:
     def fail(self, error: Exception) -> None:
         """End it with this error, unless it has ended."""
         self._end(None, error)
+
+    def expire(self, message: str) -> None:
+        """Make a call that was cancelled because it took too long raise `TimeoutError`, unless it has ended."""
+        if not self.done or isinstance(self.error, asyncio.CancelledError):
+            late = TimeoutError(message)
+            self.explain(late)
+            if self.done:
+                self.error = late
+            else:
+                self._end(None, late)
 
     async def wait(self) -> None:
         """Wait on the loop until it has ended."""

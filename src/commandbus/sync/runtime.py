@@ -114,30 +114,23 @@ class SyncRuntime:
         Raises `SyncInAsyncError`, before the coroutine exists if it is given the function, and `ClosedError` after
         `shutdown`.
         """
-        return self.join(self.begin(function, *args), timeout)
+        return self.join(self._call(function, *args), timeout)
 
-    def begin(self, function: Any, *args: Any) -> Call:  # noqa: ANN401 - as `run` takes it
+    def begin(self, function: Any, /, *args: Any) -> Call:  # noqa: ANN401 - as `run` takes it
         """Do what `run` does, up to where it would wait; `join` waits."""
-        coroutine = function if inspect.iscoroutine(function) else None
-        try:
-            self.check(getattr(function, "__qualname__", "the async function"))
-            loop = self.start()
-        except BaseException:
-            if coroutine is not None:
-                coroutine.close()
-            raise
-        call = Call((lambda: coroutine) if coroutine is not None else partial(function, *args))
-        self.submit(partial(call.start, loop), call.fail)
+        call = self._call(function, *args)
+        self._submit(call)
         return call
 
     def join(self, call: Call, timeout: float | timedelta | None = None) -> Any:  # noqa: ANN401 - whatever it returned
         """Wait for a call and return its result; see `run`. Several threads may join one call."""
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         try:
+            if not call.submitted:  # in here, so that no moment is left in which Ctrl-C would let it run on
+                self._submit(call)
             if not wait(call.ended, seconds):
                 self._give_up(call)
-                if not call.done or isinstance(call.error, asyncio.CancelledError):
-                    raise TimeoutError(f"the call did not end within {seconds} s: it was cancelled")
+                call.expire(f"the call did not end within {seconds} s: it was cancelled")
             return call.outcome()
         except BaseException as interruption:
             if not call.done:
@@ -147,6 +140,21 @@ class SyncRuntime:
             raise
         finally:
             del call  # a cycle of exception, traceback and frame would keep the caller's locals alive
+
+    def _call(self, function: Any, /, *args: Any) -> Call:  # noqa: ANN401 - as `run` takes it
+        coroutine = function if inspect.iscoroutine(function) else None
+        try:
+            self.check(getattr(function, "__qualname__", "the async function"))
+            self.start()
+        except BaseException:
+            if coroutine is not None:
+                coroutine.close()
+            raise
+        return Call((lambda: coroutine) if coroutine is not None else partial(function, *args))
+
+    def _submit(self, call: Call) -> None:
+        call.submitted = True
+        self.submit(partial(call.start, self.start()), call.fail)
 
     def _give_up(self, call: Call) -> None:
         self.submit(call.cancel, call.fail)
@@ -182,14 +190,17 @@ class SyncRuntime:
         Neither may raise. Calls are made in order; many at once cost one wake-up.
         """
         self._queue.append((function, refuse))
-        if not self._armed:
-            self._armed = True
-            assert self._loop is not None  # noqa: S101 - `start` comes before
+        loop = self._loop
+        if not self._armed and loop is not None:
             try:
-                self._loop.call_soon_threadsafe(self._drain, context=contextvars.Context())
+                self._armed = True
+                loop.call_soon_threadsafe(self._drain, context=contextvars.Context())
             except RuntimeError:  # the loop is closed
                 self._refuse_all()
-        elif self._closed:
+            except BaseException:  # Ctrl-C in the midst of it
+                self._armed = False
+                raise
+        elif loop is None or loop.is_closed():
             self._refuse_all()
 
     def _drain(self) -> None:

@@ -65,7 +65,7 @@ _DEFAULTS = {
 }
 
 _REFUSED_OPTIONS = "unsupported startup parameter"  # PgBouncer's words
-_HOW_TO_POOL = "open the bus with transaction_pooler=True"
+_HOW_TO_POOL = "open the bus with transaction_pooler=True, or set COMMAND_BUS_TRANSACTION_POOLER=1"
 
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
 
@@ -310,6 +310,14 @@ def sever(connection: psycopg.AsyncConnection[Any]) -> None:
         socket.socket(fileno=os.dup(connection.fileno())) as twin,
     ):
         twin.shutdown(socket.SHUT_RDWR)
+
+
+def pooled_by_default() -> bool:
+    """Return whether `$COMMAND_BUS_TRANSACTION_POOLER` says that the DSN leads to a pooler in transaction mode."""
+    text = os.environ.get("COMMAND_BUS_TRANSACTION_POOLER", "0")
+    if text not in {"0", "1"}:
+        raise ConfigurationError(f"COMMAND_BUS_TRANSACTION_POOLER is {text!r}: it must be 0 or 1")
+    return text == "1"
 
 
 def conninfo(dsn: str | None, application_name: str) -> str:

@@ -53,6 +53,18 @@ async def test_a_bus_that_was_not_told_of_a_pooler_says_what_to_do(pooled_dsn: s
         await CommandBus(pooled_dsn).open()
 
 
+async def test_the_environment_tells_of_a_pooler(pooled_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMAND_BUS_TRANSACTION_POOLER", "1")
+    bus = CommandBus(pooled_dsn)
+    monkeypatch.setenv("COMMAND_BUS_TRANSACTION_POOLER", "perhaps")
+    async with bus:
+        assert await bus.count() == 0
+    with pytest.raises(ConfigurationError, match="COMMAND_BUS_TRANSACTION_POOLER is 'perhaps'"):
+        CommandBus(pooled_dsn)
+    with pytest.raises(ConfigurationError, match="refuses the options"):
+        await CommandBus(pooled_dsn, transaction_pooler=False).open()
+
+
 async def test_a_pooler_that_ignores_options_is_noticed(server: EmbeddedPostgres, through: Through) -> None:
     """Prepared statements would fail there, or be somebody else's."""
     with (

@@ -15,7 +15,7 @@ Route = dict[str, Any]
 """The arguments by which a `CommandBus` comes to the database of a test."""
 
 direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
-"""A test that looks at the sessions of the library, or at LISTEN: behind a pooler there is no such thing to see."""
+"""Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
 
 _POLL = 0.01  # seconds between two looks
 

@@ -95,7 +95,8 @@ class Database:
             # An attempt belongs to a call, not to a back-off of the pool's: after an outage of a minute that would
             # wait half a minute more.
             reconnect_timeout=_RECONNECT_SECONDS,
-            reset=_reset if for_user_code else None,
+            # Behind a pooler it would meet another session than the one that the handler had.
+            reset=_reset if for_user_code and not transaction_pooler else None,
         )
 
     @property
@@ -111,7 +112,7 @@ class Database:
     def for_user_code(self, connections: int) -> Database:
         """Return another pool to the same database, not open yet, whose connections handlers may hold.
 
-        While they do they may use the bus; what they leave behind in the session is reset.
+        While they do they may use the bus; what they leave behind in the session is reset, but not behind a pooler.
         """
         return Database(
             self._conninfo,

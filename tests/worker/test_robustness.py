@@ -324,6 +324,7 @@ LEFT_BEHIND = [
 ]
 
 
+@direct_only  # behind a pooler it is left in somebody's session
 @pytest.mark.parametrize("statement", LEFT_BEHIND)
 @pytest.mark.parametrize("ending", ["returns", "fails"])
 async def test_a_handler_leaves_nothing_in_its_session(

@@ -14,7 +14,7 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
-from commandbus._database import Database, execute_on, savepoint_on
+from commandbus._database import Database, execute_on, pooled_by_default, savepoint_on
 from commandbus._failures import is_connection_lost, is_unavailable, refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
@@ -46,7 +46,8 @@ class CommandBus:
     take before it is withdrawn. `flush_connections`: how many connections carry concurrent sends; a few commit as much
     as many would. A bus holds up to `flush_connections` + 2 connections, a worker on it two more. `tracing`: carries
     the trace context from sender to handler, see `commandbus.tracing`. `transaction_pooler`: the DSN leads to a pooler
-    in transaction mode, such as PgBouncer: no prepared statements and no LISTEN.
+    in transaction mode, such as PgBouncer: no prepared statements and no LISTEN; default:
+    `$COMMAND_BUS_TRANSACTION_POOLER` is 1.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CommandBus:
         send_timeout: timedelta = timedelta(seconds=30),
         flush_connections: int = 4,
         tracing: Tracing | None = None,
-        transaction_pooler: bool = False,
+        transaction_pooler: bool | None = None,
         application_name: str = "commandbus",
     ) -> None:
         if flush_connections < 1:
@@ -69,7 +70,7 @@ class CommandBus:
             dsn,
             connections=flush_connections + 2,
             application_name=application_name,
-            transaction_pooler=transaction_pooler,
+            transaction_pooler=pooled_by_default() if transaction_pooler is None else transaction_pooler,
         )
         self._hints = Hints(self._database)
         self._buffer = SendBuffer(self._database, self._hints, connections=flush_connections)

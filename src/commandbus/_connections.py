@@ -316,6 +316,6 @@ def _warn_of_autocommit(kind: str) -> None:
     warnings.warn(
         f"this {kind} connection is in autocommit, outside a transaction: what is sent on it is durable at once, and "
         "is not taken back with what you do next; open a transaction first, or send without `connection`",
-        stacklevel=level - 1,
+        stacklevel=level,
     )
     _warned.add(kind)

@@ -18,7 +18,7 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
 )
-from tests.bus.support import DOMAIN, Connection, ids
+from tests.bus.support import DOMAIN, Connection, connect_caller, ids
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
@@ -73,8 +73,16 @@ async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connectio
         await caller.connection.set_autocommit(True)
     else:
         caller.connection.autocommit = True
-    receipt = await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
+    with pytest.warns(UserWarning, match="autocommit"):
+        receipt = await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
     assert ids(db) == [receipt.command_id]
+
+
+async def test_it_can_be_part_of_a_pipeline(bus: CommandBus, db: Connection, dsn: str) -> None:
+    async with connect_caller(dsn) as connection, connection.pipeline():
+        await bus.send(DOMAIN, "Debit", 1, connection=connection)
+        await bus.send_batch([SendRequest(DOMAIN, "Debit", 2)], connection=connection)
+    assert len(ids(db)) == 2
 
 
 async def test_the_callers_row_factory_is_left_alone(bus: CommandBus, caller: Caller) -> None:

@@ -214,13 +214,9 @@ class CommandBus:
 
     def _wake_soon(self, domains: Collection[str]) -> None:
         """Do what `wake` does, soon; from any thread, without waiting, without raising."""
-        if self._loop is not None:
+        if self._loop is not None and not self._closed:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._owe_hints, frozenset(domains))
-
-    def _owe_hints(self, domains: Collection[str]) -> None:
-        if not self._closed:
-            self._hints.owe(domains)
+                self._loop.call_soon_threadsafe(self._hints.owe, frozenset(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         given: object = request

@@ -237,6 +237,18 @@ async def test_a_commit_wakes_and_a_rollback_does_not(bus: CommandBus, caller: C
     assert await next_hint(hints) == "marker"
 
 
+async def test_a_transaction_without_atomic_has_no_hook_and_is_one_all_the_same(
+    bus: CommandBus, db: Connection, dsn: str
+) -> None:
+    async with open_caller("psycopg Django", dsn, thread=True, autocommit=True) as caller:
+        for end, count in (("rollback", 0), ("commit", 1)):
+            await caller.call(lambda: caller.connection.set_autocommit(False))
+            await caller.send(bus, debit())
+            assert ids(db) == []
+            await caller.call(lambda end=end: getattr(caller.connection, end)())
+            assert len(ids(db)) == count
+
+
 @every_telling_way
 async def test_a_commit_after_the_bus_was_closed_is_quiet(dsn: str, caller: Caller, db: Connection) -> None:
     async with CommandBus(dsn) as bus:

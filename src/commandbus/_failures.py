@@ -26,7 +26,7 @@ def driver_error(error: BaseException) -> BaseException:
     while inner is not None:
         if sqlstate(inner):
             found = inner
-        inner = getattr(inner, "orig", None) or inner.__cause__
+        inner = inner.__cause__
     return found
 
 

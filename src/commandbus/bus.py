@@ -142,9 +142,10 @@ class CommandBus:
     ) -> Receipt:
         """Send one command: `PENDING`, or `SCHEDULED` with a `delay` (at most ten years).
 
-        Durable when this returns. With `connection`, an open psycopg connection (async or blocking) of yours, the
-        command is part of your transaction and durable when that commits; workers are not told of it before they poll,
-        unless you call `wake` after the commit. Concurrent sends share statements and commits.
+        Durable when this returns. With `connection`, the command is part of your transaction there and durable when
+        that commits: a connection of psycopg, or a Connection or Session of SQLAlchemy, each async or blocking, or a
+        connection of Django. Your commit wakes the workers, but psycopg does not tell of it: call `wake` after that.
+        Concurrent sends without it share statements and commits.
 
         `data` is JSON. `command_id` makes the send idempotent: the same id with the same type and data again is a
         receipt with `duplicate=True`, with others a `CommandIdConflictError`. `max_attempts` goes before the handler's
@@ -176,7 +177,7 @@ class CommandBus:
     async def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; returns their receipts in order. Raises what `send` raises.
 
-        All are checked before the first is sent. With `connection` all or none, in your transaction. Otherwise in
+        All are checked before the first is sent. With `connection`, as in `send`, all or none. Otherwise in
         chunks of up to 1,000 commands or 1 MiB, each durable on its own: when one fails after others,
         `PartialSendError` carries the receipts of what is durable.
         """

@@ -19,7 +19,7 @@ from django.db import connection as django_connection
 from django.db import connections, transaction
 from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import NullPool
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from commandbus import CommandBus, Receipt, SendRequest
@@ -33,6 +33,7 @@ KINDS = [
     "psycopg SQLAlchemy scoped_session",
     "psycopg SQLAlchemy AsyncConnection",
     "psycopg SQLAlchemy AsyncSession",
+    "psycopg SQLAlchemy async_scoped_session",
     "psycopg2 SQLAlchemy Connection",
     "psycopg2 SQLAlchemy Session",
     "asyncpg SQLAlchemy AsyncConnection",
@@ -158,22 +159,27 @@ async def open_caller(kind: str, dsn: str, *, thread: bool, autocommit: bool = F
         elif class_name == "AsyncConnection":
             caller = Caller(await psycopg.AsyncConnection.connect(dsn, autocommit=autocommit), None)
         else:
-            caller = await _open_sqlalchemy(driver, class_name.split()[1], dsn, autocommit, executor, stack)
+            options: dict[str, Any] = {"poolclass": NullPool} | (
+                {"isolation_level": "AUTOCOMMIT"} if autocommit else {}
+            )
+            caller = await _open_sqlalchemy(
+                driver, class_name.split()[1], dsn, options=options, executor=executor, stack=stack
+            )
         yield caller
         await caller.rollback()
         await Caller.call(caller, lambda: caller.connection.close())  # noqa: PLW0108 - another thread has another
 
 
-async def _open_sqlalchemy(  # noqa: PLR0917
+async def _open_sqlalchemy(
     driver: str,
     class_name: str,
     dsn: str,
-    autocommit: bool,  # noqa: FBT001
+    *,
+    options: dict[str, Any],
     executor: ThreadPoolExecutor | None,
     stack: contextlib.AsyncExitStack,
 ) -> Caller:
-    options: dict[str, Any] = {"poolclass": NullPool} | ({"isolation_level": "AUTOCOMMIT"} if autocommit else {})
-    if class_name.startswith("Async"):
+    if class_name.lower().startswith("async"):
         parts = {{"dbname": "database"}.get(key, key): value for key, value in conninfo_to_dict(dsn).items()}
         creators: dict[str, Callable[[], Any]] = {
             "psycopg": lambda: psycopg.AsyncConnection.connect(dsn),
@@ -181,8 +187,10 @@ async def _open_sqlalchemy(  # noqa: PLR0917
         }
         engine = create_async_engine(f"postgresql+{driver}://", async_creator=creators[driver], **options)
         stack.push_async_callback(engine.dispose)
-        asynchronous = AsyncSession(engine) if class_name == "AsyncSession" else await engine.connect()
-        return SqlAlchemyCaller(asynchronous, None)
+        if class_name == "AsyncConnection":
+            return SqlAlchemyCaller(await engine.connect(), None)
+        session = async_scoped_session(async_sessionmaker(engine), scopefunc=lambda: None)
+        return SqlAlchemyCaller(session() if class_name == "AsyncSession" else session, None)
     connect = psycopg.connect if driver == "psycopg" else psycopg2.connect
     blocking = sqlalchemy.create_engine(f"postgresql+{driver}://", creator=lambda: connect(dsn), **options)
     stack.callback(blocking.dispose)

@@ -29,7 +29,7 @@ from commandbus._failures import driver_error, sqlstate
 from tests.bus.callers import KINDS, Caller, open_caller
 from tests.bus.support import DOMAIN, Connection, ids
 
-ASYNC = [kind for kind in KINDS if "Async" in kind]
+ASYNC = [kind for kind in KINDS if "async" in kind.lower().replace("asyncpg", "")]
 WAYS = [
     *((kind, "loop") for kind in KINDS if "Django" not in kind),  # Django refuses to block an event loop
     *((kind, "thread") for kind in ("psycopg Connection", "psycopg2 SQLAlchemy Session", "psycopg Django")),

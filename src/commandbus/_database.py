@@ -1,4 +1,4 @@
-"""Runs a `Call`: on a connection of the bus's pool, or on one that the caller hands over.
+"""Runs a `Call` on a connection of the bus's pool.
 
 A connection is held for one statement, or one transaction of the library's own statements; asking for a second one
 meanwhile raises at once, where it would sooner or later wait for itself (20 threads on a pool of 10: 2 calls done, 38
@@ -25,7 +25,8 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from commandbus import _calls
 from commandbus._calls import Call, Row
-from commandbus._failures import is_connection_lost, translate, unavailable
+from commandbus._connections import execute_async
+from commandbus._failures import is_connection_lost, unavailable
 from commandbus.errors import (
     ClosedError,
     ConfigurationError,
@@ -232,63 +233,9 @@ async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeo
     """
     timer = asyncio.get_running_loop().call_later(timeout, sever, connection)
     try:
-        return await _execute(connection, call)
+        return await execute_async(connection, call)
     finally:
         timer.cancel()
-
-
-async def _execute(connection: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
-    try:
-        async with psycopg.AsyncCursor(connection, row_factory=tuple_row) as cursor:
-            await cursor.execute(call.sql.encode(), call.params)
-            return call.read(await cursor.fetchall() if cursor.description else [])
-    except psycopg.Error as error:
-        if (ours := translate(error)) is None:
-            raise
-        raise ours from error
-
-
-async def execute_on(connection: object, call: Call[T]) -> T:
-    """Run a call on the caller's connection, in its transaction.
-
-    A blocking connection is used in this thread: the event loop stands still for one statement.
-    """
-    if isinstance(connection, psycopg.AsyncConnection):
-        return await _execute(connection, call)
-    if isinstance(connection, psycopg.Connection):
-        try:
-            with psycopg.Cursor(connection, row_factory=tuple_row) as cursor:
-                cursor.execute(call.sql.encode(), call.params)
-                return call.read(cursor.fetchall() if cursor.description else [])
-        except psycopg.Error as error:
-            if (ours := translate(error)) is None:
-                raise
-            raise ours from error
-    raise _no_connection(connection)
-
-
-@contextlib.asynccontextmanager
-async def savepoint_on(connection: object) -> AsyncIterator[None]:
-    """All or none, in the caller's transaction: a savepoint there, or a transaction on an autocommit connection.
-
-    psycopg's own `transaction()` commits when it is the first thing on a connection; so something else comes first.
-    """
-    if isinstance(connection, psycopg.AsyncConnection):
-        if not connection.autocommit:
-            await connection.execute("SELECT 1")
-        async with connection.transaction():
-            yield
-    elif isinstance(connection, psycopg.Connection):
-        if not connection.autocommit:
-            connection.execute("SELECT 1")
-        with connection.transaction():
-            yield
-    else:
-        raise _no_connection(connection)
-
-
-def _no_connection(given: object) -> ConfigurationError:
-    return ConfigurationError(f"connection is a {type(given).__name__}: give a psycopg Connection or AsyncConnection")
 
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:

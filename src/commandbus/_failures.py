@@ -19,26 +19,62 @@ from commandbus.errors import (
 _NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
 
 
-def translate(error: psycopg.Error) -> CommandBusError | None:
+def driver_error(error: BaseException) -> BaseException:
+    """Return the driver's error inside those that SQLAlchemy and Django wrap around it."""
+    found = error
+    inner: BaseException | None = None if isinstance(error, CommandBusError) else error
+    while inner is not None:
+        if sqlstate(inner):
+            found = inner
+        inner = inner.__cause__
+    return found
+
+
+def sqlstate(error: BaseException) -> str:
+    """Return what psycopg and asyncpg call `sqlstate`, and psycopg2 `pgcode`; empty if PostgreSQL said nothing."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or ""
+
+
+def _said(error: BaseException) -> tuple[str | None, str | None]:
+    """Return PostgreSQL's message and hint. What else it says (DETAIL, CONTEXT) may quote the payload."""
+    diag = getattr(error, "diag", None)
+    if diag is not None:
+        return diag.message_primary, diag.message_hint
+    if sqlstate(error):  # asyncpg
+        return getattr(error, "message", None), getattr(error, "hint", None)
+    return None, None
+
+
+def translate(error: BaseException) -> CommandBusError | None:
     """Return the library's error for what PostgreSQL said, if there is one."""
-    message = error.diag.message_primary or str(error)
-    if error.diag.message_hint:
-        message = f"{message}. {error.diag.message_hint}"
-    known = BY_SQLSTATE.get(error.sqlstate or "")
+    error = driver_error(error)
+    message, hint = _said(error)
+    message = message or str(error)
+    if hint:
+        message = f"{message}. {hint}"
+    known = BY_SQLSTATE.get(sqlstate(error))
     if known is not None:
         return known(message)
-    if error.sqlstate in _NO_SCHEMA and "commandbus" in message:
+    if sqlstate(error) in _NO_SCHEMA and "commandbus" in message:
         return SchemaError(f"{message}: run `commandbus migrate` on this database")
     return None
 
 
-def brief(error: BaseException) -> str:
-    """Return an error's first line for a log or a message: printable, not longer than 300, without data.
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Raise the library's errors for its SQLSTATEs, whatever wraps them; anything else passes as it is."""
+    try:
+        yield
+    except Exception as error:
+        if (ours := translate(error)) is None:
+            raise
+        raise ours from driver_error(error)  # what SQLAlchemy says quotes the payload
 
-    What else PostgreSQL says (DETAIL, CONTEXT) may quote the payload.
-    """
-    text = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    line = (text or str(error)).partition("\n")[0][:300]
+
+def brief(error: BaseException) -> str:
+    """Return an error's first line for a log or a message: printable, not longer than 300, without data."""
+    error = driver_error(error)
+    line = (_said(error)[0] or str(error)).partition("\n")[0][:300]
     return printable(line)
 
 
@@ -49,7 +85,7 @@ def printable(text: str) -> str:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether PostgreSQL refuses what a row says: data, constraint, limit, or a check of ours."""
-    return (getattr(error, "sqlstate", None) or "")[:2] in {"22", "23", "54", "CB"}
+    return sqlstate(driver_error(error))[:2] in {"22", "23", "54", "CB"}
 
 
 def refusal(error: Exception, what: str) -> Exception:
@@ -64,7 +100,9 @@ def refusals_of(what: str) -> Iterator[None]:
     """Tell a refusal by PostgreSQL as `InvalidCommandError`; its own words may quote the payload."""
     try:
         yield
-    except psycopg.Error as error:
+    except CommandBusError:
+        raise
+    except Exception as error:
         if not is_refusal(error):
             raise
         raise refusal(error, what) from None

@@ -14,7 +14,8 @@ import psycopg
 
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
-from commandbus._database import Database, execute_on, pooled_by_default, savepoint_on
+from commandbus._connections import Steps, Work, arun_on
+from commandbus._database import Database, pooled_by_default
 from commandbus._failures import is_connection_lost, is_unavailable, refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
@@ -142,9 +143,10 @@ class CommandBus:
     ) -> Receipt:
         """Send one command: `PENDING`, or `SCHEDULED` with a `delay` (at most ten years).
 
-        Durable when this returns. With `connection`, an open psycopg connection (async or blocking) of yours, the
-        command is part of your transaction and durable when that commits; workers are not told of it before they poll,
-        unless you call `wake` after the commit. Concurrent sends share statements and commits.
+        Durable when this returns. With `connection`, the command is part of your transaction there and durable when
+        that commits: a connection of psycopg, or a Connection or Session of SQLAlchemy, each async or blocking, or a
+        connection of Django. Your commit wakes the workers, but psycopg does not tell of it: call `wake` after that.
+        Concurrent sends without it share statements and commits.
 
         `data` is JSON. `command_id` makes the send idempotent: the same id with the same type and data again is a
         receipt with `duplicate=True`, with others a `CommandIdConflictError`. `max_attempts` goes before the handler's
@@ -166,32 +168,24 @@ class CommandBus:
             priority=priority,
             headers=headers,
         )
-        outgoing = self._outgoing(request)
         if connection is not None:
-            row = outgoing.row(minted=outgoing.minted)
-            with refusals_of(f"command {outgoing.command_id}"):
-                (outcome,) = await execute_on(connection, _calls.send([row]))
-        else:
-            self._check_open()
-            outcome = await self._buffer.send(outgoing, self._send_timeout)
-        return _receipt(outgoing, outcome)
+            (receipt,) = await arun_on(connection, self.sending([request]))
+            return receipt
+        outgoing = self._outgoing(request)
+        self._check_open()
+        return _receipt(outgoing, await self._buffer.send(outgoing, self._send_timeout))
 
     async def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; returns their receipts in order. Raises what `send` raises.
 
-        All are checked before the first is sent. With `connection` all or none, in your transaction. Otherwise in
+        All are checked before the first is sent. With `connection`, as in `send`, all or none. Otherwise in
         chunks of up to 1,000 commands or 1 MiB, each durable on its own: when one fails after others,
         `PartialSendError` carries the receipts of what is durable.
         """
+        if connection is not None:
+            return await arun_on(connection, self.sending(requests, all_or_none=True))
         everything = [self._outgoing(request) for request in requests]
         receipts: list[Receipt] = []
-        if connection is not None:
-            with refusals_of("the batch"):
-                async with savepoint_on(connection):
-                    for chunk in _chunks(everything):
-                        rows = [outgoing.row(minted=outgoing.minted) for outgoing in chunk]
-                        _settle(chunk, await execute_on(connection, _calls.send(rows)), receipts)
-            return receipts
         for chunk in _chunks(everything):
             try:
                 _settle(chunk, await self._send_durably(chunk), receipts)
@@ -205,6 +199,12 @@ class CommandBus:
             await self.wake(*{receipt.domain for receipt in receipts})
         return receipts
 
+    def sending(self, requests: Sequence[SendRequest], *, all_or_none: bool = False) -> Work[list[Receipt]]:
+        """Return what sends these on a connection of the caller's, for the other parts of the library."""
+        everything = [self._outgoing(request) for request in requests]
+        domains = frozenset(outgoing.domain for outgoing in everything)
+        return Work(_sending(everything, all_or_none=all_or_none), self._wake_soon, domains, all_or_none)
+
     async def wake(self, *domains: str) -> None:
         """Hint to the workers of these domains that there is work, for instance after your transaction committed.
 
@@ -213,6 +213,12 @@ class CommandBus:
         database = self.database
         with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, SchemaError):
             await database.run(_calls.wake(domains))
+
+    def _wake_soon(self, domains: Collection[str]) -> None:
+        """Do what `wake` does, soon; from any thread, without waiting, without raising."""
+        if self._loop is not None and not self._closed:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._hints.owe, frozenset(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         given: object = request
@@ -318,6 +324,16 @@ class CommandBus:
         problem = explain_mismatch(*found)
         if problem is not None:
             raise SchemaError(problem)
+
+
+def _sending(everything: list[Outgoing], *, all_or_none: bool) -> Steps[list[Receipt]]:
+    """Send on a connection of the caller's, which is not ours to try again on."""
+    receipts: list[Receipt] = []
+    for chunk in _chunks(everything):
+        with refusals_of("the batch" if all_or_none else f"command {chunk[0].command_id}"):
+            outcomes = yield _calls.send([outgoing.row(minted=outgoing.minted) for outgoing in chunk])
+        _settle(chunk, outcomes, receipts)
+    return receipts
 
 
 def _settle(chunk: list[Outgoing], outcomes: list[str], receipts: list[Receipt]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 
 from commandbus import _calls
 from commandbus._calls import Call
-from commandbus._database import execute_on
+from commandbus._connections import adopt
 from commandbus.embedded import EmbeddedPostgres
 from tests.acceptance.cli_support import SHOP, CommandLine, Park
 from tests.acceptance.embedded_support import processes
@@ -41,7 +40,7 @@ def park(cli: CommandLine, db: psycopg.Connection) -> Park:
     """Send a command and park it, as a worker would; returns its id."""
 
     def run(call: Call[T]) -> T:
-        return asyncio.run(execute_on(db, call))
+        return adopt(db).execute(call)
 
     def park(data: str = "{}", *, message: str = "none left", code: str = "NO_STOCK", details: object = None) -> str:
         command_id = cli.send("shop", "Buy", data)

@@ -14,11 +14,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
-from tests.support import eventually
+from tests.pgbouncer import pgbouncer
+from tests.support import Route, eventually
 
 # Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
 # which the tests of durability and of speed rest, keeps its default.
@@ -107,10 +109,26 @@ def quiet_loop(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [r.getMessage() for r in records if r.name == "asyncio" and r.levelno >= logging.ERROR] == []
 
 
+@pytest.fixture(scope="session")
+def pooler(server: EmbeddedPostgres) -> Iterator[str]:
+    """A conninfo that leads to this session's server through a PgBouncer in transaction mode."""
+    with pgbouncer(server.dsn()) as through:
+        yield through
+
+
+@pytest.fixture(params=["direct", "pooled"])
+def route(request: pytest.FixtureRequest, dsn: str) -> Route:
+    """How the bus comes to `dsn`: whoever opens one runs twice, straight and through a transaction pooler."""
+    if request.param == "direct":
+        return {"dsn": dsn}
+    database = conninfo_to_dict(dsn)["dbname"]
+    return {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
+
+
 @pytest.fixture
-async def bus(dsn: str) -> AsyncIterator[CommandBus]:
+async def bus(route: Route) -> AsyncIterator[CommandBus]:
     """An open bus on this test's database."""
-    async with CommandBus(dsn) as bus:
+    async with CommandBus(**route) as bus:
         yield bus
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import pytest
 
 T = TypeVar("T")
+
+Route = dict[str, Any]
+"""The arguments by which a `CommandBus` comes to the database of a test."""
+
+direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
+"""Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
 
 _POLL = 0.01  # seconds between two looks
 

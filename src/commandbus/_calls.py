@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
 from commandbus.errors import InvalidCommandError
@@ -251,6 +251,23 @@ def fail(domain: str, items: Sequence[str]) -> Call[Answers]:
 def release(domain: str, items: Sequence[str]) -> Call[Answers]:
     """Give leases back uncharged; see `release_v1`."""
     return _lease_call("release_v1", domain, items)
+
+
+class Session(NamedTuple):
+    """What a pooler between us and the server decides: which process serves us, and its settings."""
+
+    pid: int
+    isolation: str
+    datestyle: str
+
+
+def session() -> Call[Session]:
+    """Return how the session is that runs this call."""
+    return Call(
+        "SELECT pg_backend_pid(), current_setting('default_transaction_isolation'), current_setting('datestyle')",
+        (),
+        lambda rows: Session(*rows[0]),
+    )
 
 
 def transaction(*, last: bool = False) -> Call[str]:

@@ -87,9 +87,10 @@ def run_on(connection: object, work: Work[T]) -> T:
 
 async def arun_on(connection: Any, work: Work[T]) -> T:  # noqa: ANN401 - whatever the caller has
     """Do it on a connection of either colour; a blocking one holds up the event loop for the time."""
+    connection = _unscoped(connection)
     if isinstance(connection, psycopg.AsyncConnection):
         return await drive(work.on(_Psycopg(connection)), lambda call: execute_async(connection, call))
-    if is_async(connection):  # SQLAlchemy's, which lends its blocking twin and awaits where that would block
+    if _is_async(connection):  # SQLAlchemy's, which lends its blocking twin and awaits where that would block
         done: T = await connection.run_sync(run_on, work)
         return done
     return run_on(connection, work)
@@ -160,7 +161,13 @@ def _statement(sql: str) -> Call[None]:
 # -- what the caller may have ------------------------------------------------------------------------------------------
 
 
-def is_async(given: object) -> bool:
+def _unscoped(given: Any) -> Any:  # noqa: ANN401 - whatever the caller has
+    """Return the session of SQLAlchemy's scoped_session or async_scoped_session, anything else as it is."""
+    scoped = hasattr(given, "session_factory") and hasattr(given, "registry")
+    return given.registry() if scoped else given
+
+
+def _is_async(given: object) -> bool:
     """Whether this is an async connection: of psycopg, or SQLAlchemy's AsyncConnection or AsyncSession."""
     return isinstance(given, psycopg.AsyncConnection) or (
         hasattr(given, "run_sync") and (hasattr(given, "get_bind") or hasattr(given, "exec_driver_sql"))
@@ -169,14 +176,15 @@ def is_async(given: object) -> bool:
 
 def adopt(given: Any) -> Blocking:  # noqa: ANN401 - whatever the caller has
     """Return a blocking connection of the caller's as we use it. Raises `ConfigurationError` for anything else."""
+    given = _unscoped(given)
     if isinstance(given, psycopg.Connection):
         return _BlockingPsycopg(given)
-    if is_async(given):
+    if _is_async(given):
         raise ConfigurationError(
             f"connection is an async one ({type(given).__name__}): give a blocking one here, or send with CommandBus"
         )
-    if hasattr(given, "get_bind") and hasattr(given, "connection"):  # a Session or a scoped_session: begins, and
-        given = given.connection()  # gives the connection of its transaction
+    if hasattr(given, "get_bind") and hasattr(given, "connection"):  # a Session
+        given = given.connection()  # that of its transaction, which it begins
     if hasattr(given, "exec_driver_sql") and hasattr(given, "dialect"):
         return _SqlAlchemy(given)
     if hasattr(given, "on_commit") and hasattr(given, "vendor"):
@@ -316,6 +324,6 @@ def _warn_of_autocommit(kind: str) -> None:
     warnings.warn(
         f"this {kind} connection is in autocommit, outside a transaction: what is sent on it is durable at once, and "
         "is not taken back with what you do next; open a transaction first, or send without `connection`",
-        stacklevel=level - 1,
+        stacklevel=level,
     )
     _warned.add(kind)

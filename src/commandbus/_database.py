@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import select
@@ -22,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import tuple_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
+from commandbus import _calls
 from commandbus._calls import Call, Row
 from commandbus._connections import execute_async
 from commandbus._failures import is_connection_lost, unavailable
@@ -32,6 +34,8 @@ from commandbus.errors import (
 )
 
 T = TypeVar("T")
+
+logger = logging.getLogger("commandbus.database")
 
 CALL_SECONDS = 10.0
 """The deadline of one statement of the library's own, and of getting a connection for it."""
@@ -61,6 +65,9 @@ _DEFAULTS = {
     "keepalives_count": "3",
 }
 
+_REFUSED_OPTIONS = "unsupported startup parameter"  # PgBouncer's words
+_HOW_TO_POOL = "open the bus with transaction_pooler=True, or set COMMAND_BUS_TRANSACTION_POOLER=1"
+
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
 
 
@@ -89,7 +96,8 @@ class Database:
             # An attempt belongs to a call, not to a back-off of the pool's: after an outage of a minute that would
             # wait half a minute more.
             reconnect_timeout=_RECONNECT_SECONDS,
-            reset=_reset if for_user_code else None,
+            # Behind a pooler it would meet another session than the one that the handler had.
+            reset=_reset if for_user_code and not transaction_pooler else None,
         )
 
     @property
@@ -105,7 +113,7 @@ class Database:
     def for_user_code(self, connections: int) -> Database:
         """Return another pool to the same database, not open yet, whose connections handlers may hold.
 
-        While they do they may use the bus; what they leave behind in the session is reset.
+        While they do they may use the bus; what they leave behind in the session is reset, but not behind a pooler.
         """
         return Database(
             self._conninfo,
@@ -116,12 +124,37 @@ class Database:
         )
 
     async def open(self) -> None:
-        """Open the pool. Raises `DatabaseUnavailableError` that says why there is no connection."""
+        """Open the pool. Raises `DatabaseUnavailableError` that says why there is no connection.
+
+        Raises `ConfigurationError` if the sessions that the DSN leads to are not what the library counts on.
+        """
         try:
-            await (await self.connect()).close()  # the pool would try for long, and not say what is wrong
+            async with await self.connect() as connection:  # the pool would try for long, and not say what is wrong
+                await self._check_sessions(connection)
         except psycopg.OperationalError as error:
+            if _REFUSED_OPTIONS in str(error) and not self.transaction_pooler:
+                raise ConfigurationError(f"a pooler refuses the options of this bus: {_HOW_TO_POOL}") from None
             raise unavailable(error) from None
         await self._pool.open()
+
+    async def _check_sessions(self, connection: psycopg.AsyncConnection[Row]) -> None:
+        """See what stands between this connection and the server, and whether our settings came through."""
+        connection.prepare_threshold = None  # behind a pooler the statement would stay in somebody's session
+        session = await execute(connection, _calls.session(), CALL_SECONDS)
+        if session.isolation != "read committed" or not session.datestyle.startswith("ISO"):
+            raise ConfigurationError(
+                f"behind this pooler sessions begin with default_transaction_isolation {session.isolation} and "
+                f"DateStyle {session.datestyle}: ALTER ROLE ... SET them to 'read committed' and 'ISO'"
+            )
+        if self.transaction_pooler or session.pid == connection.info.backend_pid:
+            return
+        # A pooler: it makes up a number of its own. It works in transactions if two clients have the same session;
+        # one that is idle hands out the session used last, so that a busy one only may go unnoticed.
+        async with await self.connect() as other:
+            other.prepare_threshold = None
+            if (await execute(other, _calls.session(), CALL_SECONDS)).pid == session.pid:
+                raise ConfigurationError(f"a pooler in transaction mode is in the way: {_HOW_TO_POOL}")
+        logger.warning("a pooler is in the way, in session mode as it seems; if not: %s", _HOW_TO_POOL)
 
     async def close(self) -> None:
         """Close the pool; connections in use are closed when they come back."""
@@ -240,6 +273,14 @@ def sever(connection: psycopg.AsyncConnection[Any]) -> None:
         socket.socket(fileno=os.dup(connection.fileno())) as twin,
     ):
         twin.shutdown(socket.SHUT_RDWR)
+
+
+def pooled_by_default() -> bool:
+    """Return whether `$COMMAND_BUS_TRANSACTION_POOLER` says that the DSN leads to a pooler in transaction mode."""
+    text = os.environ.get("COMMAND_BUS_TRANSACTION_POOLER", "0")
+    if text not in {"0", "1"}:
+        raise ConfigurationError(f"COMMAND_BUS_TRANSACTION_POOLER is {text!r}: it must be 0 or 1")
+    return text == "1"
 
 
 def conninfo(dsn: str | None, application_name: str) -> str:

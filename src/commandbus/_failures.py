@@ -26,7 +26,7 @@ def driver_error(error: BaseException) -> BaseException:
     while inner is not None:
         if sqlstate(inner):
             found = inner
-        inner = getattr(inner, "orig", None) or inner.__cause__
+        inner = inner.__cause__
     return found
 
 
@@ -109,8 +109,12 @@ def refusals_of(what: str) -> Iterator[None]:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether the connection broke: what was under way may or may not have happened."""
-    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+    """Whether the connection broke: what was under way may or may not have happened.
+
+    An `InternalError` without a code is psycopg's: PgBouncer tells of a lost server twice, and two answers to a COMMIT
+    are one too many for it.
+    """
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
         return False
     state = error.sqlstate or "08"
     return state.startswith(("08", "57P")) or state == "25P03"
@@ -118,10 +122,9 @@ def is_connection_lost(error: BaseException) -> bool:
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether trying again later, on another connection, is what there is to do."""
-    return isinstance(error, DatabaseUnavailableError) or (
-        isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-        and (is_connection_lost(error) or (error.sqlstate or "")[:2] in {"40", "53", "55", "57", "58"})
-    )
+    if isinstance(error, DatabaseUnavailableError) or is_connection_lost(error):
+        return True
+    return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "")[:2] in {"40", "53", "55", "57", "58"}
 
 
 def own_copy(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ import psycopg
 from commandbus import _calls, _queries
 from commandbus._calls import MAX_BYTES, Outgoing
 from commandbus._connections import Steps, Work, arun_on
-from commandbus._database import Database
+from commandbus._database import Database, pooled_by_default
 from commandbus._failures import refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
@@ -47,7 +47,8 @@ class CommandBus:
     take before it is withdrawn. `flush_connections`: how many connections carry concurrent sends; a few commit as much
     as many would. A bus holds up to `flush_connections` + 2 connections, a worker on it two more. `tracing`: carries
     the trace context from sender to handler, see `commandbus.tracing`. `transaction_pooler`: the DSN leads to a pooler
-    in transaction mode, such as PgBouncer: no prepared statements and no LISTEN.
+    in transaction mode, such as PgBouncer: no prepared statements and no LISTEN; default:
+    `$COMMAND_BUS_TRANSACTION_POOLER` is 1.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CommandBus:
         send_timeout: timedelta = timedelta(seconds=30),
         flush_connections: int = 4,
         tracing: Tracing | None = None,
-        transaction_pooler: bool = False,
+        transaction_pooler: bool | None = None,
         application_name: str = "commandbus",
     ) -> None:
         if flush_connections < 1:
@@ -79,7 +80,7 @@ class CommandBus:
             dsn,
             connections=flush_connections + 2,
             application_name=application_name,
-            transaction_pooler=transaction_pooler,
+            transaction_pooler=pooled_by_default() if transaction_pooler is None else transaction_pooler,
         )
         self._hints = Hints(self._database)
         self._buffer = SendBuffer(self._database, self._hints, connections=flush_connections)
@@ -151,9 +152,10 @@ class CommandBus:
     ) -> Receipt:
         """Send one command: `PENDING`, or `SCHEDULED` with a `delay` (at most ten years).
 
-        Durable when this returns. With `connection`, an open psycopg connection (async or blocking) of yours, the
-        command is part of your transaction and durable when that commits; workers are not told of it before they poll,
-        unless you call `wake` after the commit. Concurrent sends share statements and commits.
+        Durable when this returns. With `connection`, the command is part of your transaction there and durable when
+        that commits: a connection of psycopg, or a Connection or Session of SQLAlchemy, each async or blocking, or a
+        connection of Django. Your commit wakes the workers, but psycopg does not tell of it: call `wake` after that.
+        Concurrent sends without it share statements and commits.
 
         `data` is JSON. `command_id` makes the send idempotent: the same id with the same type and data again is a
         receipt with `duplicate=True`, with others a `CommandIdConflictError`. `max_attempts` goes before the handler's
@@ -185,7 +187,7 @@ class CommandBus:
     async def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; returns their receipts in order. Raises what `send` raises.
 
-        All are checked before the first is sent. With `connection` all or none, in your transaction. Otherwise in
+        All are checked before the first is sent. With `connection`, as in `send`, all or none. Otherwise in
         chunks of up to 1,000 commands or 1 MiB, each durable on its own: when one fails after others,
         `PartialSendError` carries the receipts of what is durable.
         """
@@ -228,13 +230,9 @@ class CommandBus:
 
     def _wake_soon(self, domains: Collection[str]) -> None:
         """Do what `wake` does, soon; from any thread, without waiting, without raising."""
-        if self._loop is not None:
+        if self._loop is not None and not self._closed:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._owe_hints, frozenset(domains))
-
-    def _owe_hints(self, domains: Collection[str]) -> None:
-        if not self._closed:
-            self._hints.owe(domains)
+                self._loop.call_soon_threadsafe(self._hints.owe, frozenset(domains))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         given: object = request

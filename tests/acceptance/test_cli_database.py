@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from commandbus.embedded import EmbeddedPostgres
 from tests.acceptance.cli_support import CommandLine, at_once, execute, running
@@ -132,3 +132,14 @@ def test_migrate_print_needs_no_database_and_its_script_does_the_same(empty_dsn:
     with psycopg.connect(empty_dsn) as connection:
         connection.execute(printed.stdout.encode())
     assert CommandLine(empty_dsn)("migrate", "--check").returncode == 0
+
+
+def test_through_a_transaction_pooler(pooler: str, empty_dsn: str) -> None:
+    """The variable says so for every subcommand."""
+    dsn = make_conninfo(pooler, dbname=conninfo_to_dict(empty_dsn)["dbname"])
+    told = {"COMMAND_BUS_TRANSACTION_POOLER": "1"}
+    assert execute("migrate", dsn=dsn).returncode == 0
+    assert execute("send", "payments", "DebitAccount", "{}", dsn=dsn, env=told).returncode == 0
+    not_told = execute("send", "payments", "DebitAccount", "{}", dsn=dsn)
+    assert (not_told.returncode, not_told.stdout) == (4, "")
+    assert "set COMMAND_BUS_TRANSACTION_POOLER=1" in not_told.stderr

@@ -15,6 +15,7 @@ import pytest
 from commandbus import CommandBus, CommandStatus, OutcomeUnknownError
 from commandbus import _send_buffer as send_buffer
 from tests.bus.support import DOMAIN, Connect, Connection, bring, ids, one
+from tests.support import Route
 
 MINE = "datname = current_database() AND application_name = 'under test'"
 
@@ -42,7 +43,7 @@ def meanwhile(work: Callable[[], None], pause: float = 0.02) -> Iterator[None]:
     assert failed == []
 
 
-async def test_nothing_acknowledged_is_lost_when_backends_die(dsn: str, db: Connection, connect: Connect) -> None:
+async def test_nothing_acknowledged_is_lost_when_backends_die(route: Route, db: Connection, connect: Connect) -> None:
     """Rows in the table: those acknowledged, and at most those reported as unknown. None is there twice."""
     killer = connect(autocommit=True)
     acknowledged: list[UUID] = []
@@ -60,7 +61,7 @@ async def test_nothing_acknowledged_is_lost_when_backends_die(dsn: str, db: Conn
             except OutcomeUnknownError as error:
                 unknown.append(error.command_id)
 
-    async with CommandBus(dsn, application_name="under test") as bus:
+    async with CommandBus(**route, application_name="under test") as bus:
         with meanwhile(kill, pause=0.25):
             await asyncio.gather(*(sender(bus) for _ in range(16)))
     found = ids(db)
@@ -93,14 +94,14 @@ async def test_what_was_finished_before_its_answer_came_is_not_accepted_again(
     assert (await bus.get_command(receipt)).status == CommandStatus.COMPLETED
 
 
-async def test_the_budget_of_connections_is_kept(dsn: str, connect: Connect) -> None:
+async def test_the_budget_of_connections_is_kept(route: Route, connect: Connect) -> None:
     watcher = connect(autocommit=True)
     seen: list[int] = []
 
     def count() -> None:
         seen.append(one(watcher, f"SELECT count(*) FROM pg_stat_activity WHERE {MINE}"))
 
-    async with CommandBus(dsn, application_name="under test", flush_connections=3) as bus:
+    async with CommandBus(**route, application_name="under test", flush_connections=3) as bus:
 
         async def caller() -> None:
             for n in range(10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,7 +19,7 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
 )
-from tests.bus.support import DOMAIN, Connection, ids
+from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, until
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
@@ -73,8 +74,33 @@ async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connectio
         await caller.connection.set_autocommit(True)
     else:
         caller.connection.autocommit = True
-    receipt = await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
+    with pytest.warns(UserWarning, match="autocommit"):
+        receipt = await bus.send(DOMAIN, "Debit", {}, connection=caller.connection)
     assert ids(db) == [receipt.command_id]
+
+
+async def test_a_batch_that_is_cancelled_leaves_the_transaction_usable(
+    bus: CommandBus, db: Connection, dsn: str
+) -> None:
+    own = uuid4()
+    async with connect_caller(dsn) as rival, connect_caller(dsn) as connection:
+        await bus.send(DOMAIN, "Debit", 1, command_id=own, connection=rival)
+        kept = await bus.send(DOMAIN, "Debit", 2, connection=connection)
+        batch = [SendRequest(DOMAIN, "Debit", 3), SendRequest(DOMAIN, "Debit", 1, command_id=own)]
+        waiting = asyncio.create_task(bus.send_batch(batch, connection=connection))
+        await until(lambda: one(db, "SELECT count(*) FROM pg_locks WHERE NOT granted"), "the wait for the rival")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await rival.rollback()
+    assert ids(db) == [kept.command_id]
+
+
+async def test_it_can_be_part_of_a_pipeline(bus: CommandBus, db: Connection, dsn: str) -> None:
+    async with connect_caller(dsn) as connection, connection.pipeline():
+        await bus.send(DOMAIN, "Debit", 1, connection=connection)
+        await bus.send_batch([SendRequest(DOMAIN, "Debit", 2)], connection=connection)
+    assert len(ids(db)) == 2
 
 
 async def test_the_callers_row_factory_is_left_alone(bus: CommandBus, caller: Caller) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from commandbus import CommandBus, CommandIdConflictError, OutcomeUnknownError, Receipt, SendTimeoutError
 from tests.bus.support import DOMAIN, Connect, Connection, ids
+from tests.support import Route
 
 
 async def rival_of(bus: CommandBus, connect: Connect, *own: UUID) -> Connection:
@@ -52,9 +53,9 @@ async def test_the_end_of_the_rival_decides(bus: CommandBus, db: Connection, con
     assert len(ids(db)) == 3
 
 
-async def test_a_sender_that_holds_the_twin_itself_is_told(dsn: str, db: Connection, connect: Connect) -> None:
+async def test_a_sender_that_holds_the_twin_itself_is_told(route: Route, db: Connection, connect: Connect) -> None:
     own = uuid4()
-    async with CommandBus(dsn, send_timeout=timedelta(seconds=0.5)) as bus:
+    async with CommandBus(**route, send_timeout=timedelta(seconds=0.5)) as bus:
         rival = await rival_of(bus, connect, own)
         with pytest.raises((SendTimeoutError, OutcomeUnknownError)) as caught:
             await bus.send(DOMAIN, "Debit", {"n": 1}, command_id=own)

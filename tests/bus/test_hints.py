@@ -10,6 +10,7 @@ import pytest
 
 from commandbus import CommandBus, SendRequest
 from tests.bus.support import DOMAIN, Connection, connect_caller
+from tests.support import Route
 
 
 @pytest.fixture
@@ -79,11 +80,11 @@ async def test_a_send_on_a_connection_gives_none_until_it_is_asked(
     assert until_marker(hints) == [DOMAIN, "shipping"]
 
 
-async def test_closing_drops_what_is_owed(dsn: str, hints: Connection) -> None:
+async def test_closing_drops_what_is_owed(route: Route, hints: Connection) -> None:
     for _ in range(3):
-        async with CommandBus(dsn) as bus:
+        async with CommandBus(**route) as bus:
             await bus.send(DOMAIN, "Debit", 1)
             await bus.send(DOMAIN, "Debit", 2)
-    async with CommandBus(dsn) as bus:
+    async with CommandBus(**route) as bus:
         await bus.wake("marker")
     assert len(until_marker(hints)) >= 3

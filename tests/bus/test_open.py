@@ -21,6 +21,7 @@ from commandbus import (
     WrongLoopError,
 )
 from tests.bus.support import DOMAIN, Connection, ids
+from tests.support import Route
 
 USES: dict[str, Callable[[CommandBus], Awaitable[Any]]] = {
     "send": lambda bus: bus.send(DOMAIN, "Debit", {}),
@@ -45,8 +46,8 @@ async def test_another_loop_is_refused(bus: CommandBus, db: Connection) -> None:
     assert ids(db) == []
 
 
-async def test_a_bus_is_open_between_open_and_close(dsn: str) -> None:
-    bus = CommandBus(dsn)
+async def test_a_bus_is_open_between_open_and_close(route: Route) -> None:
+    bus = CommandBus(**route)
     for use in USES.values():
         with pytest.raises(ClosedError, match="async with"):
             await use(bus)
@@ -57,8 +58,8 @@ async def test_a_bus_is_open_between_open_and_close(dsn: str) -> None:
             await use(bus)
 
 
-async def test_a_bus_is_opened_once(dsn: str) -> None:
-    bus = CommandBus(dsn)
+async def test_a_bus_is_opened_once(route: Route) -> None:
+    bus = CommandBus(**route)
     async with bus:
         with pytest.raises(ConfigurationError, match="open already"):
             await bus.open()
@@ -68,8 +69,8 @@ async def test_a_bus_is_opened_once(dsn: str) -> None:
     await bus.close()
 
 
-async def test_closing_lets_sends_arrive(dsn: str, db: Connection) -> None:
-    bus = CommandBus(dsn)
+async def test_closing_lets_sends_arrive(route: Route, db: Connection) -> None:
+    bus = CommandBus(**route)
     await bus.open()
     sends = [asyncio.create_task(bus.send(DOMAIN, "Debit", n)) for n in range(100)]
     await asyncio.sleep(0)  # they are on their way
@@ -85,21 +86,21 @@ async def test_a_database_without_schema_names_the_command(empty_dsn: str) -> No
         await CommandBus(empty_dsn).open()
 
 
-async def test_a_schema_that_is_too_old_names_the_command(dsn: str, db: Connection) -> None:
+async def test_a_schema_that_is_too_old_names_the_command(route: Route, db: Connection) -> None:
     db.execute("UPDATE commandbus.migration SET version = version - 1")
     with pytest.raises(SchemaError, match="run `commandbus migrate`"):
-        await CommandBus(dsn).open()
+        await CommandBus(**route).open()
 
 
-async def test_a_newer_schema_that_breaks_this_client_says_upgrade(dsn: str, db: Connection) -> None:
+async def test_a_newer_schema_that_breaks_this_client_says_upgrade(route: Route, db: Connection) -> None:
     db.execute("INSERT INTO commandbus.migration (version, name, oldest_client) VALUES (9, '0009_x', 9)")
     with pytest.raises(SchemaError, match="upgrade the commandbus package"):
-        await CommandBus(dsn).open()
+        await CommandBus(**route).open()
 
 
-async def test_a_newer_schema_that_fits_is_used(dsn: str, db: Connection) -> None:
+async def test_a_newer_schema_that_fits_is_used(route: Route, db: Connection) -> None:
     db.execute("INSERT INTO commandbus.migration (version, name, oldest_client) VALUES (9, '0009_x', 1)")
-    async with CommandBus(dsn) as bus:
+    async with CommandBus(**route) as bus:
         await bus.send(DOMAIN, "Debit", {})
     assert len(ids(db)) == 1
 

@@ -30,7 +30,7 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, Gate, bring, ids, one, rows, until
-from tests.support import aeventually
+from tests.support import Route, aeventually, direct_only
 from tests.worker.support import running, settled
 
 # ----------------------------------------------------------------------------------------------- cancelled
@@ -69,10 +69,11 @@ async def test_a_call_cancelled_on_its_connections_way_back_does_not_lose_it(
     assert await asyncio.wait_for(asyncio.gather(*(use() for _ in range(pool.max_size))), 30) == [1] * pool.max_size
 
 
-async def test_a_cancelled_close_closes_the_connections(dsn: str, db: Connection) -> None:
+@direct_only
+async def test_a_cancelled_close_closes_the_connections(route: Route, db: Connection) -> None:
     gate = Gate(db)
     gate.shut("Debit")
-    bus = CommandBus(dsn, application_name="closing")
+    bus = CommandBus(**route, application_name="closing")
     await bus.open()
     pool = bus.database._pool
     sending = asyncio.create_task(bus.send(DOMAIN, "Debit", {}))
@@ -128,8 +129,8 @@ async def as_told(command: Command, context: HandlerContext) -> str:
 
 
 @pytest.fixture
-def odd_dsn(dsn: str, db: Connection) -> str:
-    """The DSN of a database whose settings are not the usual ones, and whose weeks are not made yet."""
+def odd_route(route: Route, dsn: str, db: Connection) -> Route:
+    """The way to a database whose settings are not the usual ones, and whose weeks are not made yet."""
     name = Identifier(one(db, "SELECT current_database()"))
     for setting, value in ODD_SETTINGS.items():
         db.execute(SQL("ALTER DATABASE {} SET {} = {}").format(name, SQL(setting), value))
@@ -137,15 +138,16 @@ def odd_dsn(dsn: str, db: Connection) -> str:
         db.execute(f"DROP TABLE {table}".encode())
     with psycopg.connect(dsn) as odd:
         assert one(odd, "SELECT current_setting('datestyle') || current_setting('timezone')").endswith("Asia/Kolkata")
-    return dsn
+    return route
 
 
-async def test_a_databases_own_settings_change_nothing(odd_dsn: str, db: Connection) -> None:
+@direct_only
+async def test_a_databases_own_settings_change_nothing(odd_route: Route, db: Connection) -> None:
     registry = HandlerRegistry()
     registry.handler(DOMAIN, "Debit", retry=RetryPolicy(2, [timedelta(0)]))(as_told)
     registry.handler(DOMAIN, "Together", transactional=True)(as_told)
     began = datetime.now(UTC)
-    async with CommandBus(odd_dsn) as bus, running(Worker(bus, DOMAIN, registry)):
+    async with CommandBus(**odd_route) as bus, running(Worker(bus, DOMAIN, registry)):
         for command_type, data, status in CASES:
             command_id = uuid4()
             command = await settled(bus, await bus.send(DOMAIN, command_type, data, command_id=command_id))

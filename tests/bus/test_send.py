@@ -17,6 +17,7 @@ from commandbus import (
     Receipt,
 )
 from tests.bus.support import DOMAIN, Connection, bring, fail, ids, lease, one
+from tests.support import Route
 
 
 async def test_what_is_sent_is_kept_as_it_is(bus: CommandBus) -> None:
@@ -190,16 +191,16 @@ async def test_what_cannot_be_a_command_is_refused(bus: CommandBus, db: Connecti
     assert (await bus.send(DOMAIN, "Debit", {})).command_id in ids(db)
 
 
-async def test_one_sender_after_the_other_never_waits(dsn: str, db: Connection) -> None:
+async def test_one_sender_after_the_other_never_waits(route: Route, db: Connection) -> None:
     """The end of a flush and the next send meet in one turn of the loop: that send must not be left lying."""
-    async with CommandBus(dsn, flush_connections=1) as bus, asyncio.timeout(15):
+    async with CommandBus(**route, flush_connections=1) as bus, asyncio.timeout(15):
         sent = [(await bus.send(DOMAIN, "Debit", n)).command_id for n in range(200)]
     assert sorted(ids(db)) == sent
 
 
 @pytest.mark.parametrize("flush_connections", [1, 2, 4])
-async def test_no_sender_of_a_crowd_is_left_waiting(dsn: str, db: Connection, flush_connections: int) -> None:
-    async with CommandBus(dsn, flush_connections=flush_connections) as bus, asyncio.timeout(30):
+async def test_no_sender_of_a_crowd_is_left_waiting(route: Route, db: Connection, flush_connections: int) -> None:
+    async with CommandBus(**route, flush_connections=flush_connections) as bus, asyncio.timeout(30):
 
         async def sender() -> list[UUID]:
             return [(await bus.send(DOMAIN, "Debit", n)).command_id for n in range(50)]

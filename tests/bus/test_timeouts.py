@@ -13,6 +13,7 @@ import pytest
 from commandbus import CommandBus, CommandBusError, OutcomeUnknownError, Receipt, SendRequest, SendTimeoutError
 from commandbus import _send_buffer as send_buffer
 from tests.bus.support import DOMAIN, Connect, Connection, Gate, ids, lock_table, until
+from tests.support import Route
 
 SECOND = timedelta(seconds=1)
 
@@ -34,10 +35,10 @@ async def outcome_of(send: Coroutine[Any, Any, Receipt]) -> Receipt | BaseExcept
 
 
 async def test_what_is_in_flight_has_an_unknown_outcome_and_what_waits_is_withdrawn(
-    dsn: str, db: Connection, gate: Gate
+    route: Route, db: Connection, gate: Gate
 ) -> None:
     slow, quick = uuid4(), uuid4()
-    async with CommandBus(dsn, flush_connections=1, send_timeout=SECOND) as bus:
+    async with CommandBus(**route, flush_connections=1, send_timeout=SECOND) as bus:
         first = asyncio.create_task(outcome_of(bus.send(DOMAIN, "Slow", {}, command_id=slow)))
         await gate.reached()
         second = await outcome_of(bus.send(DOMAIN, "Debit", {}, command_id=quick))
@@ -52,8 +53,8 @@ async def test_what_is_in_flight_has_an_unknown_outcome_and_what_waits_is_withdr
     assert ids(db) == [slow]
 
 
-async def test_an_unknown_outcome_is_settled_by_sending_the_id_again(dsn: str, db: Connection, gate: Gate) -> None:
-    async with CommandBus(dsn, send_timeout=SECOND) as bus:
+async def test_an_unknown_outcome_is_settled_by_sending_the_id_again(route: Route, db: Connection, gate: Gate) -> None:
+    async with CommandBus(**route, send_timeout=SECOND) as bus:
         with pytest.raises(OutcomeUnknownError) as caught:
             await bus.send(DOMAIN, "Slow", {"n": 1})
         gate.open()
@@ -62,9 +63,9 @@ async def test_an_unknown_outcome_is_settled_by_sending_the_id_again(dsn: str, d
     assert ids(db) == [again.command_id]
 
 
-async def test_a_cancelled_send_says_what_it_knows(dsn: str, db: Connection, gate: Gate) -> None:
+async def test_a_cancelled_send_says_what_it_knows(route: Route, db: Connection, gate: Gate) -> None:
     slow, quick = uuid4(), uuid4()
-    async with CommandBus(dsn, flush_connections=1) as bus:
+    async with CommandBus(**route, flush_connections=1) as bus:
         in_flight = asyncio.create_task(bus.send(DOMAIN, "Slow", {}, command_id=slow))
         await gate.reached()
         waiting = asyncio.create_task(bus.send(DOMAIN, "Debit", {}, command_id=quick))
@@ -78,8 +79,8 @@ async def test_a_cancelled_send_says_what_it_knows(dsn: str, db: Connection, gat
     assert ids(db) == [slow]
 
 
-async def test_a_scope_that_times_out_withdraws(dsn: str, db: Connection, gate: Gate) -> None:
-    async with CommandBus(dsn, flush_connections=1) as bus:
+async def test_a_scope_that_times_out_withdraws(route: Route, db: Connection, gate: Gate) -> None:
+    async with CommandBus(**route, flush_connections=1) as bus:
         slow = asyncio.create_task(bus.send(DOMAIN, "Slow", {}))
         await gate.reached()
         with pytest.raises(TimeoutError):
@@ -90,11 +91,11 @@ async def test_a_scope_that_times_out_withdraws(dsn: str, db: Connection, gate: 
         assert (await bus.send(DOMAIN, "Debit", {})).command_id in ids(db)
 
 
-async def test_a_locked_table_leaves_nobody_in_doubt(dsn: str, db: Connection, connect: Connect) -> None:
+async def test_a_locked_table_leaves_nobody_in_doubt(route: Route, db: Connection, connect: Connect) -> None:
     blocker = connect()
     lock_table(blocker, "command")
     own = [uuid4() for _ in range(20)]
-    async with CommandBus(dsn, send_timeout=SECOND) as bus:
+    async with CommandBus(**route, send_timeout=SECOND) as bus:
         sends = (bus.send(DOMAIN, "Debit", {}, command_id=one) for one in own)
         outcomes = await asyncio.gather(*sends, return_exceptions=True)
         blocker.rollback()
@@ -130,10 +131,10 @@ async def test_a_locked_table_is_waited_for(
 
 
 async def test_a_batch_whose_outcome_is_unknown_says_so(
-    dsn: str, db: Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    route: Route, db: Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("commandbus._database.Database.run.__defaults__", (0.5,))
-    async with CommandBus(dsn, send_timeout=timedelta(seconds=0.1)) as bus:
+    async with CommandBus(**route, send_timeout=timedelta(seconds=0.1)) as bus:
         with pytest.raises(OutcomeUnknownError):
             await bus.send_batch([SendRequest(DOMAIN, "Slow", n) for n in range(3)])
         gate.open()

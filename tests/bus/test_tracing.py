@@ -16,6 +16,7 @@ from commandbus import CommandBus, SendRequest
 from commandbus import _send_buffer as send_buffer
 from commandbus.tracing import OpenTelemetryTracing
 from tests.bus.support import DOMAIN, connect_caller
+from tests.support import Route
 
 who: ContextVar[str] = ContextVar("who", default="nobody")
 
@@ -31,8 +32,8 @@ class NamesItsSender:
 
 
 @pytest.fixture
-async def traced(dsn: str) -> AsyncIterator[CommandBus]:
-    async with CommandBus(dsn, tracing=NamesItsSender()) as bus:
+async def traced(route: Route) -> AsyncIterator[CommandBus]:
+    async with CommandBus(**route, tracing=NamesItsSender()) as bus:
         yield bus
 
 
@@ -80,9 +81,9 @@ async def test_the_callers_headers_are_not_written_to(traced: CommandBus) -> Non
     assert headers == {}
 
 
-async def test_opentelemetry_writes_the_current_span(dsn: str) -> None:
+async def test_opentelemetry_writes_the_current_span(route: Route) -> None:
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
-    async with CommandBus(dsn, tracing=OpenTelemetryTracing()) as bus:
+    async with CommandBus(**route, tracing=OpenTelemetryTracing()) as bus:
 
         async def sender() -> tuple[str, str]:
             with tracer.start_as_current_span("send") as span:

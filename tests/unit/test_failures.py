@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commandbus._failures import brief, printable
+from commandbus._failures import brief, is_connection_lost, printable
 
 
 @given(st.text())
@@ -21,3 +22,21 @@ def test_what_is_printable_stays(text: str) -> None:
 
 def test_an_error_is_one_line_without_details() -> None:
     assert brief(ValueError("first\x1b[31m\nsecond " + "x" * 1000)) == "first\\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (psycopg.OperationalError("the connection is lost"), True),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.ProtocolViolation(), True),  # what PgBouncer says of all its troubles
+        (psycopg.InternalError("received 2 results from command 'COMMIT'"), True),  # behind PgBouncer
+        (psycopg.errors.IdleInTransactionSessionTimeout(), True),
+        (psycopg.errors.InFailedSqlTransaction(), False),
+        (psycopg.errors.LockNotAvailable(), False),
+        (psycopg.errors.UniqueViolation(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_connection_that_is_lost_is_known(error: psycopg.Error, lost: bool) -> None:  # noqa: FBT001 - an example
+    assert is_connection_lost(error) == lost

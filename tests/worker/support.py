@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, until
-from tests.support import aeventually
+from tests.support import Route, aeventually
 
 LEASE = timedelta(seconds=1)  # the shortest there is
 HOUR = timedelta(hours=1)
@@ -137,8 +138,8 @@ def counter(function: Callable[..., Awaitable[Any]], calls: list[Any]) -> Callab
 class Process:
     """A worker that is a process: one of `apps/`."""
 
-    def __init__(self, app: str, dsn: str, *more: str) -> None:
-        self.arguments = [sys.executable, str(Path(__file__).with_name("apps") / app), dsn, *more]
+    def __init__(self, app: str, route: Route, *more: str) -> None:
+        self.arguments = [sys.executable, str(Path(__file__).with_name("apps") / app), json.dumps(route), *more]
         self.starts = 0
         self.popen = self._start()
 
@@ -166,9 +167,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(app: str, dsn: str, *more: str) -> Iterator[Process]:
+def process(app: str, route: Route, *more: str) -> Iterator[Process]:
     """A worker process that is gone afterwards."""
-    found = Process(app, dsn, *more)
+    found = Process(app, route, *more)
     try:
         yield found
     finally:

@@ -17,6 +17,7 @@ from commandbus import (
 )
 from commandbus.worker.claimer import Claimer
 from tests.bus.support import DOMAIN, Connect, Connection, connect_caller, one, terminate, until
+from tests.support import direct_only
 from tests.worker.support import (
     HOUR,
     Watched,
@@ -176,6 +177,7 @@ async def test_a_worker_without_listen_polls(dsn: str, db: Connection) -> None:
         assert one(db, "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'") == 0
 
 
+@direct_only
 async def test_a_killed_listener_comes_back(bus: CommandBus, db: Connection) -> None:
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         for n in range(2):

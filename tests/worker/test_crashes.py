@@ -16,7 +16,7 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, Connection, expire, in_progress, lease, one, until
-from tests.support import aeventually
+from tests.support import Route, aeventually
 from tests.worker.support import (
     LEASE,
     PARKED,
@@ -31,11 +31,11 @@ from tests.worker.support import (
 )
 
 
-async def test_a_killed_worker_is_taken_over(bus: CommandBus, dsn: str, db: Connection, tmp_path: Path) -> None:
+async def test_a_killed_worker_is_taken_over(bus: CommandBus, route: Route, db: Connection, tmp_path: Path) -> None:
     async def next_one(command: Command, context: HandlerContext) -> str:
         return f"delivery {context.delivery}"
 
-    with process("worker_app.py", dsn, "1", "10") as found:
+    with process("worker_app.py", route, "1", "10") as found:
         sent = await bus.send_batch([SendRequest(DOMAIN, "UntilFile", str(tmp_path / "never"))] * 5)
         await until(lambda: in_progress(db) == 5, "all of them at work")
         killed_at = one(db, "SELECT clock_timestamp()")
@@ -52,7 +52,7 @@ async def test_a_killed_worker_is_taken_over(bus: CommandBus, dsn: str, db: Conn
 
 
 async def test_a_stopped_process_that_goes_on_later_changes_nothing(
-    bus: CommandBus, dsn: str, db: Connection, tmp_path: Path
+    bus: CommandBus, route: Route, db: Connection, tmp_path: Path
 ) -> None:
     """A pause of the machine, a debugger: it wakes up with a lease that is another's by now, and finishes."""
 
@@ -60,7 +60,7 @@ async def test_a_stopped_process_that_goes_on_later_changes_nothing(
         return "by the second"
 
     gate = tmp_path / "gate"
-    with process("worker_app.py", dsn, "1", "10") as found:
+    with process("worker_app.py", route, "1", "10") as found:
         receipt = await bus.send(DOMAIN, "UntilFile", str(gate))
         await has_status(bus, receipt, CommandStatus.IN_PROGRESS)
         found.stop()
@@ -76,11 +76,11 @@ async def test_a_stopped_process_that_goes_on_later_changes_nothing(
     assert await bus.get_audit_trail(receipt) == before
 
 
-async def test_a_handler_that_kills_its_process_takes_no_neighbour_along(bus: CommandBus, dsn: str) -> None:
+async def test_a_handler_that_kills_its_process_takes_no_neighbour_along(bus: CommandBus, route: Route) -> None:
     """Three processes die of it, the last one while it ran alone; then it is parked."""
     poison = await bus.send(DOMAIN, "Poison", 5)
     neighbours = await bus.send_batch([SendRequest(DOMAIN, "Neighbour", n) for n in range(8)])
-    with process("worker_app.py", dsn, "1", "20") as found:
+    with process("worker_app.py", route, "1", "20") as found:
 
         async def parked() -> bool:
             found.restart_if_dead()

@@ -24,6 +24,7 @@ from commandbus import (
 )
 from commandbus.tracing import OpenTelemetryTracing
 from tests.bus.support import DOMAIN
+from tests.support import Route
 from tests.worker.support import Function, all_settled, echo, registry_of, running, settled, story
 
 who: ContextVar[str] = ContextVar("who", default="nobody")
@@ -131,7 +132,7 @@ class Named:
         return active()
 
 
-async def test_a_handler_runs_under_the_context_of_its_sender(dsn: str) -> None:
+async def test_a_handler_runs_under_the_context_of_its_sender(route: Route) -> None:
     async def on_the_loop(command: Command, context: HandlerContext) -> str:
         await asyncio.sleep(0)
         return who.get()
@@ -140,7 +141,7 @@ async def test_a_handler_runs_under_the_context_of_its_sender(dsn: str) -> None:
         who.set(who.get() + " in a thread")  # stays in this handler's own copy
         return who.get()
 
-    async with CommandBus(dsn, tracing=Named()) as bus:
+    async with CommandBus(**route, tracing=Named()) as bus:
 
         async def sender(name: str) -> None:
             who.set(name)
@@ -154,7 +155,7 @@ async def test_a_handler_runs_under_the_context_of_its_sender(dsn: str) -> None:
         assert who.get() == "nobody"
 
 
-async def test_opentelemetry_goes_from_sender_to_handler(dsn: str) -> None:
+async def test_opentelemetry_goes_from_sender_to_handler(route: Route) -> None:
     tracer = TracerProvider(shutdown_on_exit=False).get_tracer("test")
 
     def trace_id(command: Command, context: HandlerContext) -> str:
@@ -163,7 +164,7 @@ async def test_opentelemetry_goes_from_sender_to_handler(dsn: str) -> None:
     async def async_trace_id(command: Command, context: HandlerContext) -> str:
         return trace_id(command, context)
 
-    async with CommandBus(dsn, tracing=OpenTelemetryTracing()) as bus:
+    async with CommandBus(**route, tracing=OpenTelemetryTracing()) as bus:
         registry = registry_of(Async=async_trace_id, Def=trace_id)
         async with running(Worker(bus, DOMAIN, registry)):
             for command_type in ("Async", "Def"):
@@ -174,11 +175,11 @@ async def test_opentelemetry_goes_from_sender_to_handler(dsn: str) -> None:
             assert (await settled(bus, await bus.send(DOMAIN, "Async", {}))).result == "0" * 32
 
 
-async def test_a_tracing_hook_that_fails_costs_the_trace_and_not_the_command(dsn: str) -> None:
+async def test_a_tracing_hook_that_fails_costs_the_trace_and_not_the_command(route: Route) -> None:
     class Broken(Named):
         def activate(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:
             raise LookupError("no such trace")
 
-    async with CommandBus(dsn, tracing=Broken()) as bus, running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
+    async with CommandBus(**route, tracing=Broken()) as bus, running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         command = await settled(bus, await bus.send(DOMAIN, "Debit", 1, max_attempts=1))
     assert (command.status, command.result) == (CommandStatus.COMPLETED, 1)

@@ -17,6 +17,8 @@ from commandbus import Command, CommandBus, CommandStatus, HandlerContext, Outco
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.bus.support import DOMAIN
+from tests.pgbouncer import pgbouncer
+from tests.support import Route
 from tests.worker.support import all_settled, registry_of, running, settled
 
 
@@ -26,6 +28,16 @@ def own_server(tmp_path: Path) -> Iterator[EmbeddedPostgres]:
     with EmbeddedPostgres(tmp_path / "data", settings={"fsync": "off", "full_page_writes": "off"}) as server:
         migrate(server.dsn())
         yield server
+
+
+@pytest.fixture(params=["direct", "pooled"])
+def own_route(request: pytest.FixtureRequest, own_server: EmbeddedPostgres) -> Iterator[Route]:
+    """How the bus comes to that server."""
+    if request.param == "direct":
+        yield {"dsn": own_server.dsn()}
+        return
+    with pgbouncer(own_server.dsn()) as through:
+        yield {"dsn": through, "transaction_pooler": True}
 
 
 def crash(server: EmbeddedPostgres) -> None:
@@ -40,7 +52,7 @@ def crash(server: EmbeddedPostgres) -> None:
     server.start()
 
 
-async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: EmbeddedPostgres) -> None:
+async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: EmbeddedPostgres, own_route: Route) -> None:
     runs: Counter[int] = Counter()
     numbers = iter(range(1_000_000))
     sent: list[Receipt] = []
@@ -60,7 +72,7 @@ async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: Embedde
                 unknown.append(error)
             await asyncio.sleep(0.002)
 
-    async with CommandBus(own_server.dsn()) as bus:
+    async with CommandBus(**own_route) as bus:
         worker = Worker(bus, DOMAIN, registry_of(Debit=work), lease=timedelta(seconds=2), concurrency=20)
         async with running(worker) as task:
             senders = [asyncio.create_task(sender(bus)) for _ in range(4)]

@@ -33,6 +33,7 @@ from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.listener import Listener
 from commandbus.worker.renewer import Renewer
 from tests.bus.support import DOMAIN, Connection, one, until
+from tests.support import Route, direct_only
 from tests.worker.support import (
     AT_ONCE,
     HOUR,
@@ -109,6 +110,7 @@ HELPERS = {
 }
 
 
+@direct_only  # a pooled worker has no listener
 @pytest.mark.parametrize("helper", HELPERS)
 async def test_a_helper_that_dies_stops_the_worker(
     bus: CommandBus, db: Connection, monkeypatch: pytest.MonkeyPatch, helper: str
@@ -240,7 +242,7 @@ class Hook:
 
 
 @pytest.mark.parametrize("fault", ["activate", "__enter__", "__exit__", "suppresses"])
-async def test_a_tracing_hook_changes_no_ending(dsn: str, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+async def test_a_tracing_hook_changes_no_ending(route: Route, caplog: pytest.LogCaptureFixture, fault: str) -> None:
     def in_a_thread(command: Command, context: HandlerContext) -> Any:  # noqa: ANN401 - any JSON
         return command.data
 
@@ -250,7 +252,7 @@ async def test_a_tracing_hook_changes_no_ending(dsn: str, caplog: pytest.LogCapt
     registry = transactional(Together=echo, TogetherBroken=broken)
     for command_type, function in {"Async": echo, "Def": in_a_thread, "Broken": broken}.items():
         registry.handler(DOMAIN, command_type)(function)
-    async with CommandBus(dsn, tracing=Hook(fault)) as bus, running(Worker(bus, DOMAIN, registry)):
+    async with CommandBus(**route, tracing=Hook(fault)) as bus, running(Worker(bus, DOMAIN, registry)):
         good = [await bus.send(DOMAIN, name, name) for name in ("Async", "Def", "Together")]
         bad = [await bus.send(DOMAIN, name, name) for name in ("Broken", "TogetherBroken")]
         for command in await all_settled(bus, good):
@@ -322,6 +324,7 @@ LEFT_BEHIND = [
 ]
 
 
+@direct_only  # behind a pooler it is left in somebody's session
 @pytest.mark.parametrize("statement", LEFT_BEHIND)
 @pytest.mark.parametrize("ending", ["returns", "fails"])
 async def test_a_handler_leaves_nothing_in_its_session(

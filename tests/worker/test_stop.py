@@ -22,6 +22,7 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, Connection, expire, lease, until
+from tests.support import Route
 from tests.worker.support import (
     HOUR,
     Watched,
@@ -186,9 +187,9 @@ async def test_a_lonely_command_does_not_keep_a_worker_from_stopping(
     assert (command.status, command.crashes, command.attempts) == (CommandStatus.PENDING, 2, 0)
 
 
-async def test_sigterm_lets_a_process_finish_what_runs(bus: CommandBus, dsn: str, tmp_path: Path) -> None:
+async def test_sigterm_lets_a_process_finish_what_runs(bus: CommandBus, route: Route, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with process("worker_app.py", dsn, "60", "1") as found:
+    with process("worker_app.py", route, "60", "1") as found:
         sent = [await bus.send(DOMAIN, "UntilFile", str(gate)) for _ in range(2)]
         await has_status(bus, sent[0], CommandStatus.IN_PROGRESS)
         found.popen.send_signal(signal.SIGTERM)

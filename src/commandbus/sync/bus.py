@@ -45,7 +45,7 @@ class SyncCommandBus:
         send_timeout: timedelta = timedelta(seconds=30),
         flush_connections: int = 4,
         tracing: Tracing | None = None,
-        transaction_pooler: bool = False,
+        transaction_pooler: bool | None = None,
         application_name: str = "commandbus",
     ) -> None:
         self.runtime = runtime or default_runtime()

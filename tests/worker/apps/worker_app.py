@@ -1,8 +1,9 @@
-"""A worker process for tests: `python worker_app.py DSN LEASE_SECONDS CONCURRENCY`."""
+"""A worker process for tests: `python worker_app.py ROUTE_AS_JSON LEASE_SECONDS CONCURRENCY`."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -42,9 +43,9 @@ async def neighbour(command: Command, context: HandlerContext) -> str:
     return f"delivery {context.delivery}"
 
 
-async def main(dsn: str, lease: str, concurrency: str) -> None:
+async def main(route: str, lease: str, concurrency: str) -> None:
     """Work until a signal."""
-    async with CommandBus(dsn) as bus:
+    async with CommandBus(**json.loads(route)) as bus:
         await Worker(bus, DOMAIN, registry, lease=timedelta(seconds=float(lease)), concurrency=int(concurrency)).run()
 
 

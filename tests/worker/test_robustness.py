@@ -308,14 +308,12 @@ async def test_a_result_too_large_is_parked(bus: CommandBus) -> None:
 
 # --------------------------------------------------------------------------------- sessions of transactions
 
-
 STATE = """SELECT jsonb_build_object('path', current_setting('search_path'), 'zone', current_setting('TimeZone'),
     'user', current_user, 'session', session_user, 'isolation', current_setting('default_transaction_isolation'),
-    'own', coalesce(current_setting('app.tenant', true), ''), 'locks', (SELECT count(*) FROM pg_locks
-        WHERE locktype = 'advisory' AND pid = pg_backend_pid()))"""
+    'own', coalesce(current_setting('app.tenant', true), ''),
+    'locks', (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()))"""
 LEFT_BEHIND = [
-    "SET search_path = pg_temp",
-    "SET TimeZone = 'Asia/Kolkata'",
+    "SET search_path = pg_temp; SET TimeZone = 'Asia/Kolkata'",
     "SET ROLE pg_monitor",
     "SET SESSION AUTHORIZATION pg_monitor",
     "SET default_transaction_isolation = 'serializable'",

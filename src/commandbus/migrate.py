@@ -113,9 +113,12 @@ def explain_mismatch(version: int | None, oldest_client: int | None) -> str | No
 
 def _connect(dsn: str | None) -> psycopg.Connection:
     try:
-        return psycopg.connect(conninfo(dsn, "commandbus migrate"))
+        connection = psycopg.connect(conninfo(dsn, "commandbus migrate"))
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
+    # What somebody has put into a schema of the owner's path, such as `public`, is not called with the owner's rights.
+    connection.execute("SET search_path = pg_catalog, pg_temp")
+    return connection
 
 
 def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:

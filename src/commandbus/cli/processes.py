@@ -77,6 +77,8 @@ def migrate(
         terminal.say(f"{'to apply' if check else 'applied'}: {', '.join(names)}")
     else:
         terminal.say("the schema is up to date")
+    if roles and not as_json:
+        terminal.say("from now on only members of its roles may use it")
     return int(check and bool(names))
 
 

@@ -15,6 +15,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from commandbus.embedded import EmbeddedPostgres
+from commandbus.migrate import migrations
 from tests.acceptance.cli_support import CommandLine, at_once, execute, running
 from tests.support import eventually
 
@@ -132,3 +133,33 @@ def test_migrate_print_needs_no_database_and_its_script_does_the_same(empty_dsn:
     with psycopg.connect(empty_dsn) as connection:
         connection.execute(printed.stdout.encode())
     assert CommandLine(empty_dsn)("migrate", "--check").returncode == 0
+
+
+def test_migrate_print_after_a_migration_leaves_it_out(empty_dsn: str) -> None:
+    printed = execute("migrate", "--print", "--after", "1").stdout
+    first = migrations()[0]
+    with psycopg.connect(empty_dsn) as connection:
+        for statement in ("create schema commandbus", first.sql, first.record, printed):
+            connection.execute(statement.encode())
+    assert CommandLine(empty_dsn)("migrate", "--check").returncode == 0
+
+
+@pytest.mark.parametrize("printed", [False, True])
+def test_migrate_with_roles(empty_dsn: str, *, printed: bool) -> None:
+    cli = CommandLine(empty_dsn)
+    if printed:
+        with psycopg.connect(empty_dsn) as connection:
+            connection.execute(execute("migrate", "--print", "--roles").stdout.encode())
+    else:
+        assert cli("migrate", "--roles").stdout.endswith("\nfrom now on only members of its roles may use it\n")
+    assert cli.json("migrate", "--roles") == {"applied": []}
+    with psycopg.connect(empty_dsn) as connection:
+        connection.execute("set role commandbus_sender")
+        connection.execute("select commandbus.wake_v1('{shop}')")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("select from commandbus.commands")
+
+
+@pytest.mark.parametrize("options", [["--check", "--roles"], ["--check", "--print"], ["--after", "1"]], ids=" ".join)
+def test_options_of_migrate_that_do_not_go_together(options: list[str]) -> None:
+    assert execute("migrate", *options, dsn="postgresql://localhost:1/shop").returncode == 2

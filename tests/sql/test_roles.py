@@ -317,7 +317,12 @@ OPENED = f"""
     GRANT USAGE, SELECT ON SEQUENCE commandbus.command_seq TO PUBLIC;
     GRANT ALL ON commandbus.commands TO commandbus_reader;
     GRANT ALL ON SCHEMA commandbus TO PUBLIC;
-    GRANT EXECUTE ON FUNCTION commandbus.clock() TO commandbus_reader"""
+    GRANT SELECT ON commandbus.command TO {GUEST} WITH GRANT OPTION;
+    GRANT EXECUTE ON FUNCTION commandbus.clock() TO {GUEST} WITH GRANT OPTION;
+    SET ROLE {GUEST};
+    GRANT SELECT ON commandbus.command TO {STRANGER};
+    GRANT EXECUTE ON FUNCTION commandbus.clock() TO {STRANGER};
+    RESET ROLE"""
 
 
 @pytest.mark.parametrize("printed", [False, True])

@@ -69,7 +69,7 @@ def migrate(
     try:
         names = migrations.pending(dsn) if check else migrations.migrate(dsn, roles=roles)
     except psycopg.errors.InsufficientPrivilege as error:
-        who = "the owner of the database" + (" and a role with CREATEROLE" if roles else "")
+        who = "the owner of the database" + (", with CREATEROLE" if roles else "")
         raise CommandBusError(f"{error.diag.message_primary}; run it as {who}") from None
     if as_json:
         terminal.print_json({"pending" if check else "applied": names})

@@ -30,6 +30,7 @@ from commandbus.errors import (
     InvalidCommandError,
     OutcomeUnknownError,
     PartialSendError,
+    PermissionDeniedError,
     SchemaError,
     WrongLoopError,
 )
@@ -79,7 +80,10 @@ class CommandBus:
         self._closed = False
 
     async def open(self) -> None:
-        """Connect and check the schema. Raises `DatabaseUnavailableError`, or `SchemaError` that says what to run."""
+        """Connect and check the schema.
+
+        Raises `DatabaseUnavailableError`, `SchemaError` that says what to run, or `PermissionDeniedError`.
+        """
         if self._closed:
             raise ClosedError("this bus was closed: make a new one")
         if self._loop is not None:
@@ -208,10 +212,10 @@ class CommandBus:
     async def wake(self, *domains: str) -> None:
         """Hint to the workers of these domains that there is work, for instance after your transaction committed.
 
-        Only a hint: workers poll as well, so it does not raise when the database cannot be reached.
+        Only a hint: workers poll as well, so it does not raise when the database cannot be reached or refuses it.
         """
         database = self.database
-        with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, SchemaError):
+        with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, PermissionDeniedError, SchemaError):
             await database.run(_calls.wake(domains))
 
     def _wake_soon(self, domains: Collection[str]) -> None:

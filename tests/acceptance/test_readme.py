@@ -23,6 +23,7 @@ import typer.core
 import typer.main
 
 from commandbus import errors
+from commandbus._failures import rights
 from commandbus.cli import app
 from tests.support import eventually
 
@@ -322,6 +323,17 @@ def test_the_reference_of_sql_functions_names_their_parameters(db: psycopg.Conne
         names, types = row[0] or [], row[1] or []
         expected = [f"{given.removeprefix('p_')} {kind}" for given, kind in zip(names, types, strict=True)]
         assert parameters.split(", ") == expected if parameters else not expected
+
+
+def test_the_reference_of_roles_is_the_list_of_rights() -> None:
+    page = (ROOT / "docs" / "reference" / "roles.md").read_text("utf-8")
+    kinds = ("sender", "worker", "operator", "reader")
+    assert f"| | {' | '.join(kinds)} |" in page
+    described = {
+        name: [f"commandbus_{kind}" for kind, cell in zip(kinds, cells.split("|"), strict=True) if cell.strip()]
+        for name, cells in re.findall(r"^\| `(\w+)` \|((?:(?: yes)? \|){3}(?: yes)?) \|$", page, re.MULTILINE)
+    }
+    assert described == rights()
 
 
 def test_the_reference_of_the_command_line_names_each_option() -> None:

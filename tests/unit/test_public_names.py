@@ -34,6 +34,7 @@ NAMES = [
     "Page",
     "PartialSendError",
     "PermanentCommandError",
+    "PermissionDeniedError",
     "Receipt",
     "RetryPolicy",
     "SchemaError",

@@ -43,8 +43,6 @@ def main() -> int:
     except psycopg.Error as error:
         # Not str(error): what stands below its first line may quote a payload.
         code, message = _code(error), error.diag.message_primary or type(error).__name__
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
-            message += "; ask the owner of the database for the right"
     terminal.complain(message)
     return code
 

@@ -319,7 +319,7 @@ def _warn_of_autocommit(kind: str) -> None:
     if kind in _warned:
         return
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].startswith("commandbus."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("commandbus."):
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f"this {kind} connection is in autocommit, outside a transaction: what is sent on it is durable at once, and "

@@ -42,6 +42,8 @@ NAMES = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Waiting",
+    "WaitingReason",
     "Worker",
     "WrongLoopError",
     "handler",

@@ -2,10 +2,11 @@
 
 -- announce_v1: this worker works for this domain, on commands of these types; said anew every few seconds.
 -- Removes the rows of the domain that nobody has renewed for a day: of workers that could not say goodbye.
--- from -> to: none. Locks: its own row, waited for; those it removes, never waiting for one.
+-- from -> to: none. Locks: its own row, waited for up to 1 s (a worker
+-- that gives up would leave its session waiting); those it removes, never waiting for one.
 CREATE OR REPLACE FUNCTION commandbus.announce_v1(
     p_worker text, p_domain text, p_command_types text[], p_concurrency integer) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 DECLARE
     v_now timestamptz := commandbus.clock();
 BEGIN
@@ -18,9 +19,9 @@ BEGIN
         WHERE o.domain = p_domain AND o.seen_at < v_now - interval '1 day' FOR UPDATE SKIP LOCKED));
 END $$;
 
--- leave_v1: this worker has stopped. from -> to: none. Locks: its rows.
+-- leave_v1: this worker has stopped. from -> to: none. Locks: its rows, waited for up to 1 s.
 CREATE OR REPLACE FUNCTION commandbus.leave_v1(p_worker text) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '1s' AS $$
 BEGIN
     DELETE FROM commandbus.worker w WHERE w.worker = p_worker;
 END $$;

@@ -68,7 +68,7 @@ def show(
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a command, why it waits, how its attempts failed, and everything that happened to it."""
+    """Show a command, why it waits, and everything that happened to it: each attempt, with its error."""
 
     async def read(bus: CommandBus) -> tuple[Command, Waiting | None, list[AuditEvent]]:
         where = domain or await _find_domain(bus, command_id)
@@ -83,17 +83,15 @@ def show(
     terminal.print_record(terminal.fields(command) | texts | {"waiting": waiting})
     if command.error and command.error.details is not None:
         _print_details(command.error.details)
-    failures = [event for event in events if event.error is not None and event.operator is None]
-    if failures:
-        terminal.print_entries("failed attempts and crashes", ((_head(event), [event.error]) for event in failures))
-    terminal.print_entries(
-        "audit trail", ((_head(event), [event.reason, terminal.json_cell(event.details)]) for event in events)
-    )
+    terminal.print_entries("audit trail", map(_lines, events))
 
 
-def _head(event: AuditEvent) -> list[object]:
+def _lines(event: AuditEvent) -> tuple[list[object], list[object]]:
     names = ("delivery", "attempt", "operator", "worker")
-    return [event.occurred_at, event.event, *(terminal.named(name, getattr(event, name)) for name in names)]
+    return (
+        [event.occurred_at, event.event, *(terminal.named(name, getattr(event, name)) for name in names)],
+        [event.reason, event.error, terminal.json_cell(event.details)],
+    )
 
 
 def _print_details(details: Json) -> None:

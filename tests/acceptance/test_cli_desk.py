@@ -171,7 +171,7 @@ def test_workers(cli: CommandLine, shop: Path, db: psycopg.Connection) -> None:
 def test_show_says_why_a_command_waits(cli: CommandLine, db: psycopg.Connection, park: Park) -> None:
     def waiting(command_id: str) -> str:
         (line,) = re.findall(r"^waiting +(.*)$", cli("show", command_id).stdout, re.MULTILINE)
-        return line
+        return str(line)
 
     parked, command_id = park(), cli.send("shop", "Buy")
     assert waiting(parked) == "it is parked: an operator has to decide"

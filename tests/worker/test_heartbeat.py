@@ -25,8 +25,8 @@ def registry_of_two_domains() -> HandlerRegistry:
 async def test_a_worker_is_listed_while_it_runs(bus: CommandBus, db: Connection) -> None:
     worker = Worker(bus, [DOMAIN, "stock"], registry_of_two_domains(), concurrency=7)
     async with running(worker):
-        found = await until(lambda: len(every := rows(db, ALL)) == 2 and every, "a row for each domain")
-        assert [(domain, name, sorted(types), *rest) for domain, name, types, *rest in found] == [
+        await until(lambda: len(rows(db, ALL)) == 2, "a row for each domain")
+        assert [(domain, name, sorted(types), *rest) for domain, name, types, *rest in rows(db, ALL)] == [
             (DOMAIN, worker.name, ["Credit", "Debit"], 7, True),
             ("stock", worker.name, ["Count"], 7, True),
         ]

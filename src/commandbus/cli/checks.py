@@ -125,7 +125,8 @@ def test_clock() -> Verdict:
 @_check(
     "transactions",
     """WITH open AS (
-           SELECT concat_ws(' ', 'process', a.pid, nullif(a.application_name, '')) AS who, clock_timestamp() - a.xact_start AS age
+           SELECT concat_ws(' ', 'process', a.pid, nullif(a.application_name, '')) AS who,
+                  clock_timestamp() - a.xact_start AS age
            FROM pg_stat_activity a
            WHERE a.datname = current_database() AND a.backend_type IS DISTINCT FROM 'autovacuum worker'
              AND (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) AND a.pid <> pg_backend_pid()

@@ -134,6 +134,7 @@ def ahead(db: Connection, command_id: str) -> int:
 
 def test_what_stands_before_it_is_what_its_workers_claim_first(db: Connection) -> None:
     announce(db, "A", "B")
+    announce(db, "A", "B", worker="its twin")
     announce(db, "C", worker="w2")
     early = send_ids(db, 2)
     send_ids(db, 3, command_type="B")

@@ -23,7 +23,18 @@ from commandbus.errors import (
     WrongLoopError,
 )
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Page, Receipt, SendRequest, Stat
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Error,
+    Page,
+    Receipt,
+    SendRequest,
+    Stat,
+    Waiting,
+    WaitingReason,
+)
 from commandbus.policy import RetryPolicy
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
@@ -60,6 +71,8 @@ __all__ = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Waiting",
+    "WaitingReason",
     "Worker",
     "WrongLoopError",
     "handler",

@@ -312,6 +312,23 @@ def _act(name: str, *params: object) -> Call[None]:
     return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
 
 
+# -- the list of workers ---------------------------------------------------------------------------------------------
+
+
+def announce(worker: str, domain: str, command_types: Sequence[str], concurrency: int) -> Call[None]:
+    """Say that this worker works for this domain; see `announce_v1`."""
+    return Call(
+        "SELECT commandbus.announce_v1(%s, %s, %s, %s)",
+        (worker, domain, list(command_types), concurrency),
+        lambda _: None,
+    )
+
+
+def leave(worker: str) -> Call[None]:
+    """Say that this worker has stopped."""
+    return Call("SELECT commandbus.leave_v1(%s)", (worker,), lambda _: None)
+
+
 # -- housekeeping ----------------------------------------------------------------------------------------------------
 
 

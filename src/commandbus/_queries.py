@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from commandbus._calls import Call, Row
 from commandbus.errors import InvalidCommandError
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat
+from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat, Waiting, WaitingReason
 
 MAX_LIMIT = 1000
 
@@ -54,16 +54,31 @@ def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
     )
 
 
+# One probe of an index for each domain.
+_DOMAINS = (
+    "WITH RECURSIVE d (domain) AS ("
+    "(SELECT c.domain FROM commandbus.commands c ORDER BY c.domain LIMIT 1) UNION ALL SELECT "
+    "(SELECT c.domain FROM commandbus.commands c WHERE c.domain > d.domain ORDER BY c.domain LIMIT 1) "
+    "FROM d WHERE d.domain IS NOT NULL) "
+)
+
+
+def domains() -> Call[list[str]]:
+    """Return the domains that have commands, finished ones included."""
+    return Call(
+        f"{_DOMAINS}SELECT d.domain FROM d WHERE d.domain IS NOT NULL ORDER BY d.domain",
+        (),
+        lambda rows: [str(row[0]) for row in rows],
+    )
+
+
 def find_domains(command_id: UUID) -> Call[list[str]]:
     """Return the domains that have a command of this id.
 
-    Ids are indexed by domain: one probe for each, and one for the next domain. LATERAL with LIMIT pins that plan.
+    Ids are indexed by domain: one probe for each. LATERAL with LIMIT pins that plan.
     """
     return Call(
-        "WITH RECURSIVE d (domain) AS ("
-        "(SELECT c.domain FROM commandbus.commands c ORDER BY c.domain LIMIT 1) UNION ALL SELECT "
-        "(SELECT c.domain FROM commandbus.commands c WHERE c.domain > d.domain ORDER BY c.domain LIMIT 1) "
-        "FROM d WHERE d.domain IS NOT NULL) SELECT d.domain FROM d CROSS JOIN LATERAL (SELECT FROM "
+        f"{_DOMAINS}SELECT d.domain FROM d CROSS JOIN LATERAL (SELECT FROM "
         "commandbus.commands c WHERE c.domain = d.domain AND c.command_id = %s LIMIT 1) found ORDER BY d.domain",
         (command_id,),
         lambda rows: [str(row[0]) for row in rows],
@@ -75,11 +90,15 @@ def query_commands(
     domain: str | None,
     status: CommandStatus | None,
     command_type: str | None,
+    since: timedelta | None,
     limit: int,
     cursor: str | None,
 ) -> Call[Page[Command]]:
     """Newest first within a domain, by id; ids that the library made grow with time."""
     where, params = _filter(domain, status, command_type)
+    if since is not None:
+        where.append("sent_at >= clock_timestamp() - %s")
+        params.append(since)
     if cursor is not None:
         where.append("(domain, command_id) < (%s, %s)")
         params += _read_cursor(cursor, str)
@@ -149,6 +168,32 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
         (domain, command_id),
         lambda rows: [read(row) for row in rows],
     )
+
+
+def explain(domain: str, command_id: UUID) -> Call[Waiting | None]:
+    """Say why a command waits; None when it is finished. See `explain_v1`."""
+
+    def read(rows: list[Row]) -> Waiting | None:
+        return Waiting(WaitingReason(rows[0][0]), *rows[0][1:]) if rows else None
+
+    sql = "SELECT reason, until, ahead, worker, workers FROM commandbus.explain_v1(%s, %s)"
+    return Call(sql, (domain, command_id), read)
+
+
+def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
+    """List the workers that have announced themselves, alive or not, by the columns of the view."""
+    columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
+    where, params = _filter(domain, None, None)
+    return Call(
+        f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
+        tuple(params),
+        lambda rows: [dict(zip(columns, row, strict=True)) for row in rows],
+    )
+
+
+def now() -> Call[datetime]:
+    """The server's clock."""
+    return Call("SELECT clock_timestamp()", (), lambda rows: rows[0][0])
 
 
 def schema() -> Call[tuple[int | None, int | None]]:

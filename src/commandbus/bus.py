@@ -35,7 +35,7 @@ from commandbus.errors import (
     WrongLoopError,
 )
 from commandbus.migrate import explain_mismatch
-from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
+from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat, Waiting
 from commandbus.tracing import NoTracing, Tracing
 
 T = TypeVar("T")
@@ -272,13 +272,23 @@ class CommandBus:
         domain: str | None = None,
         status: CommandStatus | None = None,
         command_type: str | None = None,
+        since: timedelta | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page[Command]:
-        """Return a page of commands, unfinished and finished, newest first within a domain. `limit`: 1 to 1,000."""
+        """Return a page of commands, unfinished and finished, newest first within a domain.
+
+        `since`: only those sent at most so long ago. `limit`: 1 to 1,000.
+        """
         return await self.database.repeat(
-            _queries.query_commands(domain=domain, status=status, command_type=command_type, limit=limit, cursor=cursor)
+            _queries.query_commands(
+                domain=domain, status=status, command_type=command_type, since=since, limit=limit, cursor=cursor
+            )
         )
+
+    async def explain(self, command: Receipt | str, command_id: UUID | None = None) -> Waiting | None:
+        """Say why an unfinished command is where it is; None when it is finished. Raises `CommandNotFoundError`."""
+        return await self.database.repeat(_queries.explain(*_key(command, command_id)))
 
     async def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
         """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""

@@ -79,7 +79,7 @@ def test_show_tells_why(cli: CommandLine, db: psycopg.Connection, park: Park) ->
         '{"sku": 8}',
     )
     found = cli.json("show", command_id)
-    assert list(found) == ["command", "audit_trail"]
+    assert list(found) == ["command", "waiting", "audit_trail"]
     assert [(e["event"], e["to_status"]) for e in found["audit_trail"]] == [
         ("SENT", "PENDING"),
         ("CLAIMED", "IN_PROGRESS"),

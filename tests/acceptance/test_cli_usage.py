@@ -34,7 +34,8 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        [], ["migrate"], ["worker"], ["send"], ["show"], ["demo"], ["dev"], ["troubleshooting"],
+        [], ["migrate"], ["worker"], ["send"], ["show"], ["list"], ["stats"], ["workers"], ["doctor"],
+        ["demo"], ["dev"], ["troubleshooting"],
         ["troubleshooting", "list"], ["troubleshooting", "retry"], ["troubleshooting", "cancel"],
         ["troubleshooting", "complete"],
     ],
@@ -69,6 +70,10 @@ def test_help_explains_the_exit_codes(command: list[str]) -> None:
         (["send", "\x1b[31m", "Buy"], r"\x1b[31m"),
         (["show", "nope"], "UUID"),
         (["migrate", "--check", "--print"], "--check"),
+        (["list", "--status", "lost"], "--status"),
+        (["list", "--since", "yesterday"], "is not a duration"),
+        (["list", "--follow", "--cursor", "x"], "--follow"),
+        (["list", "--cursor", "nope"], "cursor"),
         (["worker", "no_colon"], "MODULE:REGISTRY"),
         (["worker", "payments.py:registry"], "try payments:registry"),
         (["worker", "./shop/payments.py:registry"], "try shop.payments:registry"),

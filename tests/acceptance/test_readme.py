@@ -45,6 +45,7 @@ ELSEWHERE = {
     "commandbus dev": "the fixture `dsn` stands for its database",
     "commandbus migrate --print >": "tests/sql/test_migrate.py runs what it prints",
     "psql": "it need not be installed",
+    "commandbus doctor": "it finds that the server of the tests runs without fsync",
 }
 LOOKS = ("commandbus show", "commandbus troubleshooting list")  # a newcomer looks again until it is there
 

@@ -30,6 +30,7 @@ USES: dict[str, Callable[[CommandBus], Awaitable[Any]]] = {
     "get_command": lambda bus: bus.get_command(DOMAIN, uuid4()),
     "query_commands": lambda bus: bus.query_commands(),
     "get_audit_trail": lambda bus: bus.get_audit_trail(DOMAIN, uuid4()),
+    "explain": lambda bus: bus.explain(DOMAIN, uuid4()),
     "count": lambda bus: bus.count(),
     "stats": lambda bus: bus.stats(),
     "cancel": lambda bus: bus.cancel(DOMAIN, uuid4()),

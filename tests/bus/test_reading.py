@@ -18,6 +18,8 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
     Stat,
+    Waiting,
+    WaitingReason,
 )
 from tests.bus.support import DOMAIN, Connection, bring, complete, expire, fail, lease, rows
 
@@ -61,6 +63,26 @@ async def test_pages_hold_what_is_finished_and_every_domain(bus: CommandBus, db:
     found = [command for page in await all_pages(bus, 2) for command in page]
     assert len(found) == len({command.command_id for command in found}) == 7
     assert [command.domain for command in found] == ["shipping"] * 3 + [DOMAIN] * 4
+
+
+async def test_since_leaves_out_what_is_older(bus: CommandBus, db: Connection) -> None:
+    old, young = [await bus.send(DOMAIN, "Debit", n) for n in range(2)]
+    db.execute("UPDATE commandbus.command SET sent_at = sent_at - interval '2 h' WHERE data = '0'")
+    page = await bus.query_commands(since=timedelta(hours=1))
+    assert [command.command_id for command in page] == [young.command_id]
+    pages = await all_pages(bus, 1, since=timedelta(hours=3))
+    assert [command.command_id for page in pages for command in page] == [young.command_id, old.command_id]
+
+
+async def test_why_a_command_waits(bus: CommandBus, db: Connection) -> None:
+    receipt = await bus.send(DOMAIN, "Debit", {}, delay=timedelta(hours=1))
+    due = (await bus.get_command(receipt)).due_at
+    assert await bus.explain(receipt) == Waiting(WaitingReason.DELAY, due, None, None, 0)
+    assert await bus.explain(DOMAIN, receipt.command_id) == await bus.explain(receipt)
+    await bus.cancel(receipt)
+    assert await bus.explain(receipt) is None
+    with pytest.raises(CommandNotFoundError, match=str(receipt.command_id)):
+        await bus.explain("shipping", receipt.command_id)
 
 
 async def test_filters_narrow_it(bus: CommandBus, db: Connection) -> None:

@@ -163,6 +163,19 @@ def test_plans_do_not_depend_on_statistics(db: Connection, connect: Connect, tab
     assert {verb: pages for verb, pages in most.items() if pages > 1000} == {}
 
 
+@pytest.mark.parametrize("tables", TABLES)
+def test_what_stands_before_a_command_is_counted_in_the_queue_alone(
+    db: Connection, connect: Connect, tables: str
+) -> None:
+    TABLES[tables](db)
+    (command_id,) = send_ids(db, command_type="B")
+    asker = connect(autocommit=True)
+    asker.execute("SELECT commandbus.announce_v1('w', 'd', '{A,B}', 1)")
+    plans = plans_of(asker, lambda: asker.execute("SELECT FROM commandbus.explain_v1('d', %s)", [command_id]))
+    assert faults(plans) == set()
+    assert {QUEUE, KEY} <= indexes(plans)
+
+
 def test_plans_that_a_session_made_while_the_tables_were_empty(db: Connection, connect: Connect) -> None:
     """A worker is started with the application; its plans are cached before the first commands come."""
     db.execute("VACUUM ANALYZE")

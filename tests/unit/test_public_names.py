@@ -43,6 +43,8 @@ NAMES = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Waiting",
+    "WaitingReason",
     "Worker",
     "WrongLoopError",
     "handler",

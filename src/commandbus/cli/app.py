@@ -9,14 +9,15 @@ from typing import Annotated, cast
 
 import typer
 
-from commandbus.cli import commands, parked, processes, terminal
+from commandbus.cli import commands, desk, doctor, parked, processes, terminal
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """What typer raises for arguments that it cannot use; the class has no public name there."""
 
 _EXIT_CODES = """\
-Exit codes: 0 done. 1 it failed, and says why: not found, a conflict, the wrong status. 2 wrong usage.
+Exit codes: 0 done. 1 it failed, and says why: not found, a conflict, the wrong status, a check of the doctor's.
+2 wrong usage.
 3 the database cannot be reached, or its schema is missing or does not fit. 4 the configuration: no DSN, a missing
 extra, no PostgreSQL to start. 130 interrupted."""
 
@@ -38,12 +39,16 @@ _top: tuple[Callable[..., object], ...] = (
     processes.worker,
     commands.send,
     commands.show,
+    desk.stats,
+    desk.workers,
+    doctor.doctor,
     processes.demo,
     processes.dev,
 )
 _below: tuple[Callable[..., object], ...] = (parked.retry, parked.cancel, parked.complete)
 for _subcommand in _top:
     _app.command(epilog=_EXIT_CODES)(_subcommand)
+_app.command("list", epilog=_EXIT_CODES)(desk.list_commands)
 _troubleshooting.command("list", epilog=_EXIT_CODES)(parked.list_parked)
 for _subcommand in _below:
     _troubleshooting.command(epilog=_EXIT_CODES)(_subcommand)

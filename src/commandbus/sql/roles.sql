@@ -52,13 +52,18 @@ BEGIN
             ('complete_v1',          'worker'),
             ('fail_v1',              'worker'),
             ('release_v1',           'worker'),
+            ('announce_v1',          'worker'),
+            ('leave_v1',             'worker'),
             ('drop_expired_v1',      'worker'),
             ('operator_retry_v1',    'operator'),
             ('operator_cancel_v1',   'operator'),
             ('operator_complete_v1', 'operator'),
+            ('explain_v1',           'operator, reader'),
             ('commands',             'operator, reader'),  -- payloads; a sender need not see those of others
             ('troubleshooting',      'operator, reader'),
             ('audit_trail',          'operator, reader'),
+            ('workers',              'operator, reader'),
+            ('clock',                'operator, reader'),  -- called by the view of workers, as its reader
             ('stats',                'operator, reader')
         ) AS r (name, roles)
         JOIN (SELECT p.proname, 'EXECUTE ON ROUTINE ' || p.oid::regprocedure

@@ -22,6 +22,13 @@ SELECT c.domain, c.command_type, c.status, count(*) AS count, min(c.sent_at) AS 
 FROM commandbus.command c
 GROUP BY c.domain, c.command_type, c.status;
 
+-- The workers that have announced themselves, which they do every 10 s. A view calls functions with the rights of who
+-- reads it: that takes EXECUTE on clock().
+CREATE OR REPLACE VIEW commandbus.workers AS
+SELECT w.domain, w.worker, w.command_types, w.concurrency, w.started_at, w.seen_at,
+       w.seen_at > commandbus.clock() - interval '30 s' AS alive
+FROM commandbus.worker w;
+
 -- Everything that happened to a command, in order of step. SENT, CLAIMED and the ending on the happy path stand in
 -- the command's own row and are told from it; the rest are rows of their own.
 CREATE OR REPLACE VIEW commandbus.audit_trail AS

@@ -22,7 +22,7 @@ from commandbus.errors import (
     WrongLoopError,
 )
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Page, Receipt, SendRequest, Stat
+from commandbus.model import AuditEvent, Command, CommandStatus, Error, Page, Receipt, SendRequest, Stat, Violation
 from commandbus.policy import RetryPolicy
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
@@ -58,6 +58,7 @@ __all__ = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Violation",
     "Worker",
     "WrongLoopError",
     "handler",

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from commandbus._calls import Call, Row
 from commandbus.errors import InvalidCommandError
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat
+from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat, Violation
 
 MAX_LIMIT = 1000
 
@@ -148,6 +148,15 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
         "WHERE domain = %s AND command_id = %s ORDER BY step",
         (domain, command_id),
         lambda rows: [read(row) for row in rows],
+    )
+
+
+def verify() -> Call[list[Violation]]:
+    """What the library cannot have written, by domain and id; see `verify_v1`."""
+    return Call(
+        "SELECT violation, domain, command_id, detail FROM commandbus.verify_v1()",
+        (),
+        lambda rows: [Violation(*row) for row in rows],
     )
 
 

@@ -55,6 +55,7 @@ FROM commandbus.commands AS c
 WHERE domain = 'ledger' AND command_id = ANY (%(held)s) AND worker NOT LIKE %(victim)s"""
 
 _UNEXPLAINED = {
+    "violations are found by verify": "SELECT count(*) FROM commandbus.verify_v1()",
     "commands failed for another reason than insufficient funds": """
         SELECT count(*) FROM commandbus.commands WHERE domain = 'ledger' AND status = 'FAILED'
            AND error ->> 'code' IS DISTINCT FROM 'INSUFFICIENT_FUNDS'""",

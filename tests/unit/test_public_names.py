@@ -42,6 +42,7 @@ NAMES = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Violation",
     "Worker",
     "WrongLoopError",
     "handler",

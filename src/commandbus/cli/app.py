@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from commandbus.cli import commands, parked, processes, terminal
+from commandbus.cli import commands, parked, processes, terminal, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -38,6 +38,7 @@ _top: tuple[Callable[..., object], ...] = (
     processes.worker,
     commands.send,
     commands.show,
+    verify.verify,
     processes.demo,
     processes.dev,
 )

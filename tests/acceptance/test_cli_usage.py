@@ -34,7 +34,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        [], ["migrate"], ["worker"], ["send"], ["show"], ["demo"], ["dev"], ["troubleshooting"],
+        [], ["migrate"], ["worker"], ["send"], ["show"], ["verify"], ["demo"], ["dev"], ["troubleshooting"],
         ["troubleshooting", "list"], ["troubleshooting", "retry"], ["troubleshooting", "cancel"],
         ["troubleshooting", "complete"],
     ],

@@ -21,5 +21,6 @@ def verify(*, dsn: Dsn = None, as_json: AsJson = False) -> int:
     else:
         for found in violations:
             terminal.say(f"{found.violation}  {found.domain}  {found.command_id}  {found.detail}")
-        terminal.say(f"{count:,} commands checked, {len(violations):,} violations")
+        plural = "" if len(violations) == 1 else "s"
+        terminal.say(f"{count:,} commands checked, {len(violations):,} violation{plural}")
     return int(bool(violations))

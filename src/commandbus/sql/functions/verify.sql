@@ -214,7 +214,8 @@ LANGUAGE sql STABLE AS $$
            CASE WHEN s.event_no IS NULL THEN 'its data are not those that were sent, or edited last'
                 ELSE format('the old data of the edit, event %s, are not those of before', s.event_no) END
     FROM (
-        SELECT d.*, lag(d.new) OVER (PARTITION BY d.domain, d.command_id ORDER BY d.event_no NULLS LAST) AS before
+        SELECT d.*, lag(coalesce(d.new, d.old))
+                    OVER (PARTITION BY d.domain, d.command_id ORDER BY d.event_no NULLS LAST) AS before
         FROM (
             SELECT c.domain, c.command_id, 0 AS event_no, NULL::bytea AS old, c.data_hash AS new
             FROM commandbus._kept() c

@@ -115,6 +115,7 @@ def test_hostile_text_is_shown_and_not_obeyed(cli: CommandLine, park: Park) -> N
     assert json.loads(shown[3])["command"]["error"]["message"] == HOSTILE
 
 
+@pytest.mark.corrupts  # such numbers are put there past `send`
 def test_numbers_that_json_cannot_write_do_not_spoil_the_document(cli: CommandLine, db: psycopg.Connection) -> None:
     command_id = cli.send("shop", "Buy")
     db.execute("update commandbus.command set data = %s", [f'{{"huge": {"9" * 400}.5, "small": 0.5}}'])

@@ -194,6 +194,7 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
     "an event has no worker": ("crashed", "wrong_lease", event(1, "worker = NULL")),
     "an operator has a lease": ("edited", "wrong_lease", event(2, f"lease_token = {_OTHER}")),
     "the latest lease is not that of the latest event": ("parked", "wrong_lease", hot(f"lease_token = {_OTHER}")),
+    "the worker of the latest lease is another": ("parked", "wrong_lease", hot("worker = 'w9'")),
     "a running command has no token": ("running", "wrong_lease", hot("lease_token = NULL")),
     "a running command has no end of its lease": ("running", "wrong_lease", hot("lease_until = NULL")),
     "a command that nobody claimed has a worker": ("waiting", "wrong_lease", hot("worker = 'w9'")),
@@ -301,6 +302,7 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
         "time_order",
         past_event(3, "occurred_at = occurred_at + interval '1 hour'"),
     ),
+    "it finished before it was sent": ("completed", "time_order", past("sent_at = finished_at + interval '1 us'")),
     "it finished before it was claimed": (
         "completed",
         "time_order",

@@ -117,11 +117,10 @@ LANGUAGE sql STABLE AS $$
                 THEN format('its command had another lease in delivery %s', e.delivery) END),
         ('wrong_attempts', CASE WHEN e.attempt IS DISTINCT FROM CASE WHEN k.is_failure THEN e.attempts END
             THEN format('its attempt is %s, expected %s', e.attempt, CASE WHEN k.is_failure THEN e.attempts END) END),
-        ('too_many_attempts', CASE WHEN e.attempts > c.max_attempts
-                                     OR e.event = 'ATTEMPT_FAILED' AND e.attempts = c.max_attempts
-            THEN format('attempt %s of at most %s', e.attempts, c.max_attempts) END),
-        ('too_many_crashes', CASE WHEN e.event = 'CRASHED' AND (e.crashes > 3 OR (e.crashes = 3)
-                                       <> (e.to_status IS NOT DISTINCT FROM 'IN_TROUBLESHOOTING_QUEUE'))
+        ('too_many_attempts', CASE WHEN e.event = 'ATTEMPT_FAILED' AND e.attempts >= c.max_attempts
+            THEN format('another attempt is to follow number %s of at most %s', e.attempts, c.max_attempts) END),
+        ('too_many_crashes', CASE WHEN e.event = 'CRASHED'
+                AND (e.crashes = 3) <> (e.to_status IS NOT DISTINCT FROM 'IN_TROUBLESHOOTING_QUEUE')
             THEN format('crash %s led to %s; the third parks', e.crashes, e.to_status) END),
         ('no_operator', CASE WHEN e.event LIKE 'OPERATOR%' AND coalesce(e.operator, '') = ''
             THEN 'nobody is named' END),
@@ -170,9 +169,6 @@ LANGUAGE sql STABLE AS $$
             END),
         ('wrong_attempts', CASE WHEN c.attempts IS DISTINCT FROM coalesce(e.attempts, 0) + k.by_worker
             THEN format('its attempts are %s, expected %s', c.attempts, coalesce(e.attempts, 0) + k.by_worker) END),
-        ('too_many_attempts', CASE WHEN c.attempts > c.max_attempts OR c.attempts = c.max_attempts
-                                        AND c.status IN ('PENDING', 'SCHEDULED', 'IN_PROGRESS')
-            THEN format('it is %s with %s attempts of %s', c.status, c.attempts, c.max_attempts) END),
         ('wrong_crashes', CASE WHEN c.crashes IS DISTINCT FROM coalesce(e.crashes, 0)
             THEN format('its crashes are %s, expected %s', c.crashes, coalesce(e.crashes, 0)) END),
         ('time_order', CASE WHEN c.finished_at < greatest(c.sent_at, e.occurred_at,
@@ -235,11 +231,10 @@ $$;
 -- all is well. It sees one snapshot, that of the calling statement: on a live system a command that moves is seen before
 -- or after, never between. from -> to: none. Locks: none that a command waits for; weeks are not dropped meanwhile.
 --
--- Nested loops are off: over tables analyzed while empty they would compare each command with each event.
+-- 100,000 commands, 28 % of them with events: 3.1 s. Compiled, 20,000 take 18 s instead of 3 (PostgreSQL 15): no JIT.
 CREATE OR REPLACE FUNCTION commandbus.verify_v1()
 RETURNS TABLE (violation text, domain text, command_id uuid, detail text)
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
-SET work_mem = '64MB' SET jit = off SET enable_nestloop = off AS $$
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET jit = off AS $$
     SELECT * FROM commandbus._verify_commands()
     UNION ALL
     SELECT * FROM commandbus._verify_events()

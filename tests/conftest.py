@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -20,7 +21,7 @@ from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.pgbouncer import pgbouncer
-from tests.support import Route, eventually
+from tests.support import Route, assert_sound, eventually
 
 # Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
 # which the tests of durability and of speed rest, keeps its default.
@@ -67,17 +68,18 @@ def template(server: EmbeddedPostgres) -> str:
 
 
 @pytest.fixture
-def dsn(server: EmbeddedPostgres, template: str) -> Iterator[str]:
-    """The DSN of a migrated database of this test's own."""
-    with _administrator(server) as admin:
-        yield from _fresh_database(admin, server, template)
+def dsn(request: pytest.FixtureRequest, server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """The DSN of a migrated database of this test's own, in which `verify` finds nothing wrong after the test."""
+    with _fresh_database(server, template) as dsn:
+        yield dsn
+        assert_sound(request, dsn)
 
 
 @pytest.fixture
 def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
     """The DSN of an empty database of this test's own."""
-    with _administrator(server) as admin:
-        yield from _fresh_database(admin, server, "template0")
+    with _fresh_database(server, "template0") as dsn:
+        yield dsn
 
 
 @pytest.fixture
@@ -136,13 +138,17 @@ def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:
     return psycopg.connect(server.dsn("postgres"), autocommit=True)
 
 
-def _fresh_database(admin: psycopg.Connection, server: EmbeddedPostgres, template: str) -> Iterator[str]:
+@contextlib.contextmanager
+def _fresh_database(server: EmbeddedPostgres, template: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
-    admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
-    yield server.dsn(name)
-    # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
-    eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
-    admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with _administrator(server) as admin:
+        admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
+        try:
+            yield server.dsn(name)
+        finally:
+            # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
+            eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 def _end_sessions(admin: psycopg.Connection, database: str) -> int:

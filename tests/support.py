@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import psycopg
 import pytest
 
 T = TypeVar("T")
@@ -47,6 +48,14 @@ async def aeventually(
         if time.monotonic() >= deadline:
             raise _never(value, timeout, what)
         await asyncio.sleep(_POLL)
+
+
+def assert_sound(request: pytest.FixtureRequest, dsn: str) -> None:
+    """Fail if `verify` finds something in this database, unless the test is marked as one that corrupts on purpose."""
+    if request.node.get_closest_marker("corrupts") is None:
+        with psycopg.connect(dsn) as connection:
+            found = connection.execute("SELECT * FROM commandbus.verify_v1()").fetchall()
+        assert not found, f"verify found {len(found)}, the first: {found[:5]}"
 
 
 def _never(value: object, timeout: float, what: str) -> AssertionError:

@@ -32,6 +32,7 @@ from commandbus.model import (
     Receipt,
     SendRequest,
     Stat,
+    Violation,
     Waiting,
     WaitingReason,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Violation",
     "Waiting",
     "WaitingReason",
     "Worker",

@@ -10,7 +10,18 @@ from uuid import UUID
 
 from commandbus._calls import Call, Row
 from commandbus.errors import InvalidCommandError
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat, Waiting, WaitingReason
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Error,
+    Json,
+    Page,
+    Stat,
+    Violation,
+    Waiting,
+    WaitingReason,
+)
 
 MAX_LIMIT = 1000
 
@@ -194,6 +205,15 @@ def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
 def now() -> Call[datetime]:
     """The server's clock."""
     return Call("SELECT clock_timestamp()", (), lambda rows: rows[0][0])
+
+
+def verify() -> Call[list[Violation]]:
+    """What the library cannot have written, by domain and id; see `verify_v1`."""
+    return Call(
+        "SELECT violation, domain, command_id, detail FROM commandbus.verify_v1()",
+        (),
+        lambda rows: [Violation(*row) for row in rows],
+    )
 
 
 def schema() -> Call[tuple[int | None, int | None]]:

@@ -35,7 +35,18 @@ from commandbus.errors import (
     WrongLoopError,
 )
 from commandbus.migrate import explain_mismatch
-from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat, Waiting
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Json,
+    Page,
+    Receipt,
+    SendRequest,
+    Stat,
+    Violation,
+    Waiting,
+)
 from commandbus.tracing import NoTracing, Tracing
 
 T = TypeVar("T")
@@ -311,6 +322,14 @@ class CommandBus:
     async def stats(self, *, domain: str | None = None) -> list[Stat]:
         """Count what is unfinished, by domain, type and status, each with the time its oldest was sent."""
         return await self.database.repeat(_queries.stats(domain))
+
+    async def verify(self, *, timeout: timedelta = timedelta(minutes=10)) -> list[Violation]:
+        """Compare all commands and audit events that are kept with what the library can have written.
+
+        Reads one snapshot and writes nothing, so it may run beside workers; 100,000 commands take about 3 s. Empty when
+        all is well; else ordered by domain and id.
+        """
+        return await self.database.run(_queries.verify(), timeout.total_seconds())
 
     # -- ending --------------------------------------------------------------------------------------------------------
 

@@ -181,6 +181,16 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Violation:
+    """Something in the database that the library cannot have written. `violation` is its name, `detail` for people."""
+
+    violation: str
+    domain: str
+    command_id: UUID
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """A part of a longer list. Give `next_cursor` back as `cursor` for the next part; None: this was the last."""
 

@@ -34,7 +34,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        [], ["migrate"], ["worker"], ["send"], ["show"], ["list"], ["stats"], ["workers"], ["doctor"],
+        [], ["migrate"], ["worker"], ["send"], ["show"], ["list"], ["stats"], ["workers"], ["doctor"], ["verify"],
         ["demo"], ["dev"], ["troubleshooting"],
         ["troubleshooting", "list"], ["troubleshooting", "retry"], ["troubleshooting", "cancel"],
         ["troubleshooting", "complete"],

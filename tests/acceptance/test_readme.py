@@ -337,6 +337,14 @@ def test_the_reference_of_roles_is_the_list_of_rights() -> None:
     assert described == rights()
 
 
+def test_the_reference_of_sql_functions_names_each_violation() -> None:
+    page = (ROOT / "docs" / "reference" / "sql-functions.md").read_text("utf-8")
+    first_cells = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| [A-Z]", page, re.MULTILINE)
+    named = {name for cell in first_cells for name in re.findall(r"\w+", cell) if "_" in name}
+    checker = (SQL / "functions" / "verify.sql").read_text("utf-8")
+    assert named == set(re.findall(r"(?:\(|SELECT )'([a-z]+_[a-z_]+)', ", checker))
+
+
 def test_the_reference_of_the_command_line_names_each_option() -> None:
     page = (ROOT / "docs" / "reference" / "command-line.md").read_text("utf-8")
     described: dict[str, set[str]] = {}

@@ -106,6 +106,7 @@ async def test_a_newer_schema_that_fits_is_used(route: Route, db: Connection) ->
     assert len(ids(db)) == 1
 
 
+@pytest.mark.corrupts
 async def test_a_schema_that_vanishes_names_the_command(bus: CommandBus, db: Connection) -> None:
     db.execute("DROP SCHEMA commandbus CASCADE")
     for use in (USES["send"], USES["count"], USES["cancel"]):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from commandbus import (
@@ -18,10 +19,11 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
     Stat,
+    Violation,
     Waiting,
     WaitingReason,
 )
-from tests.bus.support import DOMAIN, Connection, bring, complete, expire, fail, lease, rows
+from tests.bus.support import DOMAIN, Connect, Connection, bring, complete, expire, fail, lease, rows
 
 
 async def all_pages(bus: CommandBus, limit: int, **filters: Any) -> list[list[Command]]:
@@ -202,3 +204,24 @@ async def test_reading_outlives_its_connections(bus: CommandBus, db: Connection)
         )
         assert killed
         assert (await bus.get_command(receipt)).data == 1
+
+
+@pytest.mark.corrupts
+async def test_verify_names_what_cannot_be(bus: CommandBus, db: Connection) -> None:
+    first, second = [await bus.send(DOMAIN, "Debit", {}) for _ in range(2)]
+    assert await bus.verify() == []
+    db.execute("UPDATE commandbus.command SET crashes = 1 WHERE command_id = %s", [second.command_id])
+    db.execute("UPDATE commandbus.command SET attempts = 2 WHERE command_id = %s", [first.command_id])
+    assert await bus.verify() == [
+        Violation("wrong_attempts", DOMAIN, first.command_id, "its attempts are 2, expected 0"),
+        Violation("wrong_crashes", DOMAIN, second.command_id, "its crashes are 1, expected 0"),
+    ]
+
+
+async def test_verify_has_a_deadline_of_its_own(bus: CommandBus, connect: Connect) -> None:
+    blocker = connect()
+    blocker.execute("LOCK TABLE commandbus.command_history")
+    with pytest.raises(psycopg.OperationalError):
+        await bus.verify(timeout=timedelta(milliseconds=50))
+    blocker.rollback()
+    assert await bus.verify() == []

@@ -10,7 +10,7 @@ import pytest
 from psycopg.sql import SQL, Identifier
 
 from commandbus.embedded import EmbeddedPostgres
-from tests.support import eventually
+from tests.support import assert_sound, eventually
 
 _EMPTY = "".join(
     f"DELETE FROM commandbus.{table};"
@@ -31,9 +31,16 @@ def module_dsn(server: EmbeddedPostgres, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def emptied_dsn(module_dsn: str) -> Iterator[str]:
-    """The same, without commands again after the test. A module takes it by calling it `dsn`."""
+def emptied_dsn(request: pytest.FixtureRequest, module_dsn: str) -> Iterator[str]:
+    """The same, verified and without commands again after the test. A module takes it by calling it `dsn`."""
     yield module_dsn
+    try:
+        assert_sound(request, module_dsn)
+    finally:
+        _empty(module_dsn)
+
+
+def _empty(module_dsn: str) -> None:
     with psycopg.connect(module_dsn, autocommit=True) as connection:
         eventually(lambda: connection.execute(_OTHERS).rowcount == 0, what="the end of the test's sessions")
         connection.execute(_EMPTY)

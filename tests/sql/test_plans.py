@@ -32,6 +32,8 @@ from tests.support import eventually
 
 WEEK = 7 * 86_400.0
 
+pytestmark = pytest.mark.corrupts  # the tables are stuffed, no command has lived
+
 # ------------------------------------------------------------------------------------------ the tables
 
 _COMMANDS = """

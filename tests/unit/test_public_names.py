@@ -43,6 +43,7 @@ NAMES = [
     "Stat",
     "TransientCommandError",
     "TroubleshootingQueue",
+    "Violation",
     "Waiting",
     "WaitingReason",
     "Worker",

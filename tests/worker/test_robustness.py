@@ -142,6 +142,7 @@ async def test_a_helper_that_dies_stops_the_worker(
 # ---------------------------------------------------------------------------------------- what does not end
 
 
+@pytest.mark.corrupts  # two crashes are invented
 async def test_a_handler_that_never_ends_keeps_nobody_from_being_claimed(
     bus: CommandBus, db: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from commandbus.cli import commands, desk, doctor, parked, processes, terminal
+from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -42,6 +42,7 @@ _top: tuple[Callable[..., object], ...] = (
     desk.stats,
     desk.workers,
     doctor.doctor,
+    verify.verify,
     processes.demo,
     processes.dev,
 )

@@ -59,6 +59,7 @@ BEGIN
             ('operator_cancel_v1',   'operator'),
             ('operator_complete_v1', 'operator'),
             ('explain_v1',           'operator, reader'),
+            ('verify_v1',            'operator, reader'),
             ('commands',             'operator, reader'),  -- payloads; a sender need not see those of others
             ('troubleshooting',      'operator, reader'),
             ('audit_trail',          'operator, reader'),

@@ -174,7 +174,7 @@ class LifeOfCommands(RuleBasedStateMachine):
         if change == "type":
             command_type = TYPES[1 - TYPES.index(command_type)]
         data = {"data": data + 1, "edited": known.data}.get(change, data)
-        one = {"domain": known.domain, "command_id": known.command_id, "command_type": command_type, "data": data}
+        one: Row = {"domain": known.domain, "command_id": known.command_id, "command_type": command_type, "data": data}
         assert self._send([one]) == [(known.command_id, self.model.send(**one))]
 
     def _send(self, given: list[Row]) -> list[tuple[Any, ...]]:

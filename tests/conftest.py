@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is long, or give it the time."""
     if config.getoption("long"):
         for item in items:
-            item.add_marker(pytest.mark.timeout(7200))
+            item.add_marker(pytest.mark.timeout(7200), append=False)
         return
     left_out = [item for item in items if item.get_closest_marker("long")]
     config.hook.pytest_deselected(items=left_out)

@@ -122,6 +122,11 @@ class Model:
 
     # ------------------------------------------------------------------------ what a caller may choose from
 
+    def known(self) -> list[Key]:
+        """What may be sent again; more often a command whose data is not what was sent."""
+        edited = [key for key, command in self.commands.items() if command.data != command.sent[1]]
+        return [*self.commands, *(edited * 9)]
+
     def ready(self) -> list[Command]:
         """What a claim may find."""
         return [*self._due(), *self.having("PENDING")]

@@ -34,7 +34,7 @@ HEAD = """\
 Each mutant is one guard less; `mutants.py` has their texts.
 Every run of `tests/sql/test_mutants.py` shows that the named test fails against its mutant.
 `scripts/test tests/sql/test_mutants.py --long` runs the other tests against every mutant, and writes this page.
-"Model" says whether the random lives of `test_state_machine.py` alone see it, with 50 runs and one seed.
+"Model" says whether the random lives of `test_state_machine.py` alone see it, with one seed.
 
 | Mutant | What is wrong | Named test | Model | Other tests that fail |
 |---|---|---|---|---|

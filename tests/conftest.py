@@ -21,6 +21,7 @@ from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.pgbouncer import pgbouncer
+from tests.sql.mutants import MUTANTS
 from tests.support import Route, assert_sound, eventually
 
 # Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
@@ -28,6 +29,27 @@ from tests.support import Route, assert_sound, eventually
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
 _numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a run can be told."""
+    parser.addoption("--long", action="store_true", help="run the long variants of the tests that have one")
+    parser.addoption("--mutant", choices=sorted(MUTANTS), help="run against a broken variant of the SQL functions")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: runs only with --long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long, or give it the time."""
+    if config.getoption("long"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(7200), append=False)
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,12 +77,15 @@ def server(_environment: None) -> Iterator[EmbeddedPostgres]:
 
 
 @pytest.fixture(scope="session")
-def template(server: EmbeddedPostgres) -> str:
+def template(server: EmbeddedPostgres, request: pytest.FixtureRequest) -> str:
     """The name of a migrated database that can only be cloned."""
     name = "commandbus_template"
     with _administrator(server) as admin:
         admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         migrate(server.dsn(name))
+        if mutant := request.config.getoption("mutant"):
+            with psycopg.connect(server.dsn(name)) as owner:
+                owner.execute(MUTANTS[mutant].sql().encode())
         admin.execute(
             sql.SQL("alter database {} with is_template true allow_connections false").format(sql.Identifier(name))
         )

@@ -51,8 +51,8 @@ async def aeventually(
 
 
 def assert_sound(request: pytest.FixtureRequest, dsn: str) -> None:
-    """Fail if `verify` finds something in this database, unless the test is marked as one that corrupts on purpose."""
-    if request.node.get_closest_marker("corrupts") is None:
+    """Fail if `verify` finds something in this database, unless the test or a mutant corrupts it on purpose."""
+    if request.node.get_closest_marker("corrupts") is None and not request.config.getoption("mutant"):
         with psycopg.connect(dsn) as connection:
             found = connection.execute("SELECT * FROM commandbus.verify_v1()").fetchall()
         assert not found, f"verify found {len(found)}, the first: {found[:5]}"

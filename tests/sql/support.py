@@ -202,6 +202,12 @@ def sqlstate(call: Callable[[], object]) -> str:
     return "ok"
 
 
+def empty(db: Connection) -> None:
+    """Take everything out of the tables; much faster than TRUNCATE when there is little."""
+    tables = ("command", "audit_event", "command_history", "audit_history", "claim_mark", "worker")
+    db.execute("".join(f"DELETE FROM commandbus.{table};" for table in tables).encode())
+
+
 # ------------------------------------------------------------------------------------------ the clock
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _POLL = 0.01  # seconds between two looks
+
+
+def nested(depth: int) -> list[Any]:
+    """So many lists, one in the other."""
+    found: list[Any] = []
+    for _ in range(depth - 1):
+        found = [found]
+    return found
 
 
 def eventually(predicate: Callable[[], T], *, timeout: float = 10.0, what: str = "the condition") -> T:

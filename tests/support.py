@@ -21,6 +21,14 @@ direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
 _POLL = 0.01  # seconds between two looks
 
 
+def nested(depth: int) -> list[Any]:
+    """So many lists, one in the other."""
+    found: list[Any] = []
+    for _ in range(depth - 1):
+        found = [found]
+    return found
+
+
 def eventually(predicate: Callable[[], T], *, timeout: float = 10.0, what: str = "the condition") -> T:
     """Wait until `predicate` returns something true, and return that.
 

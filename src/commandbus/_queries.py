@@ -221,6 +221,11 @@ def schema() -> Call[tuple[int | None, int | None]]:
     return Call("SELECT version, oldest_client FROM commandbus.schema_v1()", (), lambda rows: (rows[0][0], rows[0][1]))
 
 
+def max_data_bytes() -> Call[int]:
+    """How large the data of a command may be in this database."""
+    return Call("SELECT max_data_bytes FROM commandbus.limits_v1()", (), lambda rows: int(rows[0][0]))
+
+
 def _filter(
     domain: str | None, status: CommandStatus | None, command_type: str | None
 ) -> tuple[list[str], list[object]]:

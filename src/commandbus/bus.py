@@ -13,12 +13,13 @@ from uuid import UUID
 import psycopg
 
 from commandbus import _calls, _queries
-from commandbus._calls import MAX_BYTES, Outgoing
+from commandbus._calls import Outgoing
 from commandbus._connections import Steps, Work, arun_on
 from commandbus._database import Database, pooled_by_default
 from commandbus._failures import is_connection_lost, is_unavailable, refusals_of
 from commandbus._hints import Hints
 from commandbus._ids import new_id
+from commandbus._limits import MAX_BYTES
 from commandbus._send_buffer import MAX_ROWS, SendBuffer
 from commandbus.errors import (
     ClosedError,
@@ -87,6 +88,7 @@ class CommandBus:
         )
         self._hints = Hints(self._database)
         self._buffer = SendBuffer(self._database, self._hints, connections=flush_connections)
+        self.max_data_bytes = MAX_BYTES  # the most that a database can allow; `open` learns what this one does
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -104,6 +106,7 @@ class CommandBus:
             await self._database.open()
             await self._check_schema()
             await self._database.repeat(_calls.make_partitions())
+            self.max_data_bytes = await self._database.repeat(_queries.max_data_bytes())
         except BaseException:
             await self.close()
             raise
@@ -163,9 +166,9 @@ class CommandBus:
         connection of Django. Your commit wakes the workers, but psycopg does not tell of it: call `wake` after that.
         Concurrent sends without it share statements and commits.
 
-        `data` is JSON. `command_id` makes the send idempotent: the same id with the same type and data again is a
-        receipt with `duplicate=True`, with others a `CommandIdConflictError`. `max_attempts` goes before the handler's
-        policy. `priority` is -100 to 100, higher first.
+        `data` is JSON, by default of at most 256 KiB. `command_id` makes the send idempotent: the same id with the same
+        type and data again is a receipt with `duplicate=True`, with others a `CommandIdConflictError`. `max_attempts`
+        goes before the handler's policy. `priority` is -100 to 100, higher first.
 
         Raises `InvalidCommandError`, `CommandIdConflictError`, `SendTimeoutError` (not sent), `OutcomeUnknownError`
         (may have been sent: send again with its id). When the task is cancelled, a note on the CancelledError says
@@ -241,7 +244,7 @@ class CommandBus:
             raise InvalidCommandError(f"a {type(given).__name__} is no command: give a SendRequest")
         headers = dict(request.headers or {})
         self.tracing.inject(headers)
-        return _calls.outgoing(request, headers, new_id())
+        return _calls.outgoing(request, headers, new_id(), self.max_data_bytes)
 
     async def _send_durably(self, chunk: list[Outgoing]) -> list[str]:
         """Send a chunk; when its connection breaks, send the same ids again until the time is up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from commandbus import _calls, _queries
-from commandbus._calls import encode
+from commandbus._limits import encode
 from commandbus.bus import CommandBus
 from commandbus.model import Command, CommandStatus, Json, Page
 
@@ -40,7 +40,7 @@ class TroubleshootingQueue:
 
         `data`, unless None, replaces the command's data; the audit trail keeps both.
         """
-        text = None if data is None else encode(data, f"command {command_id}: data")
+        text = None if data is None else encode(data, f"command {command_id}: data", self._bus.max_data_bytes)
         await self._bus.database.run(_calls.operator_retry(domain, command_id, operator, reason, text))
         await self._bus.wake(domain)
 

@@ -66,7 +66,13 @@ def test_help_explains_the_exit_codes(command: list[str]) -> None:
         (["send", "shop", "Buy", "--header", "novalue"], "KEY=VALUE"),
         (["send", "shop", "Buy", "--priority", "101"], "--priority"),
         (["send", "sh op", "Buy"], "domain is 'sh op'"),
-        (["send", "shop", "Buy", "NaN"], "JSON"),
+        (["send", "shop", "Buy", "NaN"], "DATA: is not JSON: NaN is no number of JSON"),
+        (["send", "shop", "Buy", '{"n": [1, -Infinity]}'], "-Infinity is no number of JSON"),
+        (["send", "shop", "Buy", '{"a": {"b c": ["canary\\ud800"]}}'], 'data.a["b c"][0] has a lone surrogate'),
+        (["send", "shop", "Buy", "[" * 65 + "]" * 65], "is nested deeper than 64 levels"),
+        (["send", "shop", "Buy", "9" * 4301], "is not JSON"),
+        (["send", "shop", "Buy", "--header", f"canary={'x' * 8192}"], "headers has 8,20"),
+        (["send", "shop", "Buy", "--correlation-id", "x" * 257], "at most 256 characters"),
         (["send", "\x1b[31m", "Buy"], r"\x1b[31m"),
         (["show", "nope"], "UUID"),
         (["migrate", "--check", "--print"], "--check"),
@@ -85,6 +91,14 @@ def test_help_explains_the_exit_codes(command: list[str]) -> None:
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--data", "null"], "null"),
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), str(uuid.uuid4()), "--data", "1"], "one ID"),
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--data", "{canary"], "is not JSON"),
+        (
+            ["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--data", '"canary\\u0000"'],
+            "data has a NUL character",
+        ),
+        (
+            ["troubleshooting", "complete", "shop", str(uuid.uuid4()), "--reason", "x", "--result", "[NaN]"],
+            "--result: is not JSON",
+        ),
     ],
 )
 def test_wrong_usage_is_2(cli: CommandLine, arguments: list[str], says: str) -> None:

@@ -162,7 +162,7 @@ def test_plans_do_not_depend_on_statistics(db: Connection, connect: Connect, tab
     for verb in ("claim", *LEASE_VERBS):
         assert tid_scans(found[verb]) >= 1, verb
     most = {verb: buffers(plans) for verb, plans in found.items()}
-    assert {verb: pages for verb, pages in most.items() if pages > 1000} == {}
+    assert {verb: pages for verb, pages in most.items() if pages > 1200} == {}  # a new session reads 900 of the catalog
 
 
 @pytest.mark.parametrize("tables", TABLES)

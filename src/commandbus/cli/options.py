@@ -57,11 +57,15 @@ def read_json(name: str, text: str) -> Json:
             text = sys.stdin.read()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except OSError as error:
         raise typer.BadParameter(f"cannot be read: {error.strerror}", param_hint=name) from None
     except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"is not JSON: {error}", param_hint=name) from None
+
+
+def _refuse(constant: str) -> Json:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def duration(name: str, text: str) -> timedelta:

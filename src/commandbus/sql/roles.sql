@@ -42,8 +42,9 @@ BEGIN
     FOR v_what, v_to IN
         SELECT o.what, regexp_replace(r.roles, '(\w+)', 'commandbus_\1', 'g')
         FROM (VALUES
-            ('schema_v1',            'sender, worker, operator, reader'),  -- every bus calls these two when it opens
+            ('schema_v1',            'sender, worker, operator, reader'),  -- every bus calls these three when it opens
             ('make_partitions_v1',   'sender, worker, operator, reader'),
+            ('limits_v1',            'sender, worker, operator, reader'),
             ('send_v1',              'sender'),
             ('wake_v1',              'sender, worker, operator'),  -- a worker pings itself by it
             ('cancel_v1',            'sender, operator'),  -- who sent a command and kept its id may withdraw it

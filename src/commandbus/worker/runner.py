@@ -19,6 +19,7 @@ from commandbus.errors import CommandError, LeaseLostError, PermanentCommandErro
 from commandbus.handlers import HandlerContext
 from commandbus.model import Command, Json
 from commandbus.worker.endings import (
+    MAX_CODE,
     Completed,
     Ending,
     Failed,
@@ -106,7 +107,7 @@ class Runner:
             try:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
-                return completed(await self._call(lease, HandlerContext(command, lease, self._bus)))
+                return self._completed(await self._call(lease, HandlerContext(command, lease, self._bus)), lease)
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
                     raise
@@ -116,6 +117,15 @@ class Runner:
             except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
                 return self._failed(error, lease)
 
+    def _completed(self, result: Json, lease: Lease) -> Completed:
+        ending = completed(result)
+        if ending.replaced:
+            logger.warning(
+                "the result breaks a limit: what is recorded in its place says which",
+                extra=lease.log_extra(self._worker),
+            )
+        return ending
+
     def _failed(self, error: BaseException, lease: Lease) -> Failed:
         """Return the ending of a handler that raised this, and log what follows from it.
 
@@ -123,7 +133,7 @@ class Runner:
         """
         attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
         ending = failed(error, lease.handler, attempt)
-        code = printable(storable(error.code)[:128]) if isinstance(error, CommandError) else type(error).__name__
+        code = printable(storable(error.code, MAX_CODE)) if isinstance(error, CommandError) else type(error).__name__
         match ending.kind:
             case "BUSINESS":
                 level, then = logging.INFO, "it ends as FAILED"
@@ -223,7 +233,8 @@ class Runner:
                 connection.transaction(),
             ):
                 before = await execute(connection, _calls.transaction(), CALL_SECONDS)
-                ending = completed(await self._call(lease, HandlerContext(command, lease, self._bus, connection)))
+                result = await self._call(lease, HandlerContext(command, lease, self._bus, connection))
+                ending = self._completed(result, lease)
                 if before != await execute(connection, _calls.transaction(last=True), CALL_SECONDS):
                     raise PermanentCommandError(
                         "TRANSACTION_ENDED",

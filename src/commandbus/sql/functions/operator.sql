@@ -1,7 +1,7 @@
 -- The verbs of people and of the application, one command a call. Each is one conditional step: of two rivals one
 -- wins, and the other is told so. Locks: the row, waited for up to 5 s; then its events.
--- The three of the operator raise CB001 for an operator without a name; all raise CB002 no such command, CB003 its
--- status does not allow it or somebody keeps it locked; nothing is written then.
+-- The three of the operator raise CB001 for an operator without a name and for JSON that breaks a limit; all raise
+-- CB002 no such command, CB003 its status does not allow it or somebody keeps it locked; nothing is written then.
 
 -- _take: locks the command, if its status is one of p_from.
 CREATE OR REPLACE FUNCTION commandbus._take(p_domain text, p_command_id uuid, p_verb text, p_from text[])
@@ -99,7 +99,8 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS 
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'complete', '{IN_TROUBLESHOOTING_QUEUE}'),
-        'OPERATOR_COMPLETED', 'COMPLETED', p_operator, p_reason, p_result);
+        'OPERATOR_COMPLETED', 'COMPLETED', p_operator, p_reason,
+        commandbus._check_json(p_command_id, 'result', p_result)::text);
 END $$;
 
 -- operator_retry_v1: once more, with a full budget of attempts and crashes; p_data, if given, replaces the data.
@@ -111,7 +112,8 @@ SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 DECLARE
     v_command commandbus.command := commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}');
-    v_data    jsonb := p_data;
+    v_data    jsonb := commandbus._check_json(p_command_id, 'data', p_data,
+                                              (SELECT l.max_data_bytes FROM commandbus.limits_v1() l));
 BEGIN
     PERFORM commandbus._tell(
         v_command, 'OPERATOR_RETRIED', 'PENDING', p_operator, p_reason,

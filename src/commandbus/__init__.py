@@ -22,13 +22,28 @@ from commandbus.errors import (
     WrongLoopError,
 )
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Page, Receipt, SendRequest, Stat
+from commandbus.model import (
+    AuditEvent,
+    BulkPreview,
+    BulkResult,
+    Command,
+    CommandStatus,
+    Error,
+    Page,
+    Receipt,
+    SendRequest,
+    Stat,
+    TroubleshootingFilter,
+    TroubleshootingGroup,
+)
 from commandbus.policy import RetryPolicy
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
 
 __all__ = [
     "AuditEvent",
+    "BulkPreview",
+    "BulkResult",
     "BusinessRuleError",
     "ClosedError",
     "Command",
@@ -57,6 +72,8 @@ __all__ = [
     "SendTimeoutError",
     "Stat",
     "TransientCommandError",
+    "TroubleshootingFilter",
+    "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Worker",
     "WrongLoopError",

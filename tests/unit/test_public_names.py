@@ -13,6 +13,8 @@ from commandbus import errors
 
 NAMES = [
     "AuditEvent",
+    "BulkPreview",
+    "BulkResult",
     "BusinessRuleError",
     "ClosedError",
     "Command",
@@ -41,6 +43,8 @@ NAMES = [
     "SendTimeoutError",
     "Stat",
     "TransientCommandError",
+    "TroubleshootingFilter",
+    "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Worker",
     "WrongLoopError",

@@ -36,7 +36,8 @@ def test_version() -> None:
     [
         [], ["migrate"], ["worker"], ["send"], ["show"], ["demo"], ["dev"], ["troubleshooting"],
         ["troubleshooting", "list"], ["troubleshooting", "retry"], ["troubleshooting", "cancel"],
-        ["troubleshooting", "complete"],
+        ["troubleshooting", "complete"], ["troubleshooting", "groups"], ["troubleshooting", "show"],
+        ["troubleshooting", "edit"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -80,6 +81,21 @@ def test_help_explains_the_exit_codes(command: list[str]) -> None:
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--data", "null"], "null"),
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), str(uuid.uuid4()), "--data", "1"], "one ID"),
         (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--data", "{canary"], "is not JSON"),
+        (["troubleshooting", "retry", "shop", "--data", "1"], "one ID"),
+        (["troubleshooting", "retry", "shop", "--patch", "null"], "null"),
+        (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--patch", "{}"], "goes without IDs"),
+        (["troubleshooting", "retry", "shop"], "--dry-run instead of it tells the number"),
+        (["troubleshooting", "cancel", "shop", "--type", "Buy", "--reason", "r"], "--count"),
+        (["troubleshooting", "retry", "shop", "--count", "-1"], "--count"),
+        (["troubleshooting", "retry", "shop", "--count", "1", "--rate", "0"], "--rate"),
+        (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--type", "Buy"], "IDs go without"),
+        (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--dry-run"], "IDs go without"),
+        (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--count", "1"], "IDs go without"),
+        (["troubleshooting", "retry", "shop", str(uuid.uuid4()), "--rate", "1"], "IDs go without"),
+        (["troubleshooting", "groups", "shop", "--parked-for", "soon"], "is not a duration"),
+        (["troubleshooting", "groups", "shop", "--parked-for", "9999d"], "parked_for is"),
+        (["troubleshooting", "edit", "shop", str(uuid.uuid4()), "--data", "1", "--patch", "1"], "--patch"),
+        (["troubleshooting", "edit", "shop", str(uuid.uuid4()), "--data", "{canary"], "is not JSON"),
     ],
 )
 def test_wrong_usage_is_2(cli: CommandLine, arguments: list[str], says: str) -> None:

@@ -108,6 +108,7 @@ def test_what_is_parked_anew_by_a_crash_is_changed(db: Connection) -> None:
     """The third crash parks without a verdict: it is the claim before it that makes the delivery higher."""
     seen = arrange(db, PARKED)
     operator_verb(db, "operator_retry", seen["command_id"])
+    again = seen
     for number in range(1, 4):
         (again,) = claim(db, alone=number == 3)
         shift(db, 61 * number)

@@ -69,15 +69,21 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a command and everything that happened to it."""
-
-    async def read(bus: CommandBus) -> tuple[Command, list[AuditEvent]]:
-        where = domain or await _find_domain(bus, command_id)
-        return await bus.get_command(where, command_id), await bus.get_audit_trail(where, command_id)
-
-    command, events = ask(dsn, read)
+    command, events = ask(dsn, lambda bus: read_story(bus, command_id, domain))
     if as_json:
         terminal.print_json({"command": command, "audit_trail": events})
-        return
+    else:
+        print_story(command, events)
+
+
+async def read_story(bus: CommandBus, command_id: UUID, domain: str | None) -> tuple[Command, list[AuditEvent]]:
+    """Read a command, by default from the domain that has it, and what happened to it."""
+    where = domain or await _find_domain(bus, command_id)
+    return await bus.get_command(where, command_id), await bus.get_audit_trail(where, command_id)
+
+
+def print_story(command: Command, events: list[AuditEvent]) -> None:
+    """Print a command with all there is to know of its error, and what happened to it."""
     texts = {name: terminal.json_cell(getattr(command, name)) for name in ("data", "headers", "result")}
     terminal.print_record(terminal.fields(command) | texts)
     if command.error and command.error.details is not None:

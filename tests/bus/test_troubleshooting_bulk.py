@@ -19,6 +19,7 @@ from commandbus import (
     SendRequest,
     TroubleshootingFilter,
     TroubleshootingQueue,
+    _queries,
     troubleshooting,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, one, rows, terminate, until
@@ -209,6 +210,19 @@ async def test_the_set_is_fixed_in_pages(
     monkeypatch.setattr("commandbus._queries._PARKED_PAGE", 4)
     await park(bus, db, 10)
     assert (await queue.operator_cancel_many(EVERYTHING, expected_count=10, **WHO)).done == 10
+
+
+async def test_the_set_is_what_was_parked_at_the_start(bus: CommandBus, db: Connection) -> None:
+    """Or its pages would never end while more is parked than read."""
+    ids = await park(bus, db, 2)
+    start = await bus.database.repeat(_queries.clock())
+    await park(bus, db, 2)
+    found, _ = await bus.database.repeat(_queries.parked_page(EVERYTHING, start, None))
+    assert found == [(command_id, 1) for command_id in ids]
+    which = TroubleshootingFilter(DOMAIN, parked_for=timedelta(hours=1))
+    assert (await bus.database.repeat(_queries.parked_page(which, start, None)))[0] == []
+    late = await bus.database.repeat(_queries.parked_page(which, start + timedelta(hours=1), None))
+    assert late == (found, None)
 
 
 async def test_what_is_parked_later_is_not_acted_on(

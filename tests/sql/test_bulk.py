@@ -306,6 +306,7 @@ OTHER = [
     ("account 7 is closed", "account 7 is blocked"),
     ("anna has no account", "bob has no account"),
     ("can't debit it, won't try", "can't credit it, won't try"),
+    ("the shop's debit of the customers' order", "the shop's credit of the customers' order"),
     ("decade of beef", "facade of beef"),
     ("x", None),
 ]

@@ -154,13 +154,13 @@ def fingerprint(domain: str, command_id: UUID) -> Call[str | None]:
     )
 
 
-Place: TypeAlias = tuple[datetime, UUID]
+PageEnd: TypeAlias = tuple[datetime, UUID]
 """Where a page of parked commands ends."""
 
 
 def parked_page(
-    which: TroubleshootingFilter, until: datetime, after: Place | None
-) -> Call[tuple[list[Parked], Place | None]]:
+    which: TroubleshootingFilter, until: datetime, after: PageEnd | None
+) -> Call[tuple[list[Parked], PageEnd | None]]:
     """A page of what was parked up to this moment, the longest parked first, and its end, None for the last page."""
     where, params = _parked(which, until)
     if after is not None:

@@ -211,7 +211,7 @@ class TroubleshootingQueue:
         return found
 
 
-class Pace:
+class _Pace:
     """At most so many a second, evenly: what came late is not caught up with a burst."""
 
     def __init__(self, per_second: float | None) -> None:
@@ -241,7 +241,7 @@ class _Bulk:
     ) -> None:
         self._bus = bus
         self._act = act
-        self._pace = Pace(per_second)
+        self._pace = _Pace(per_second)
         self._on_progress = on_progress or (lambda _: None)
         self._wake = wake
         self._outcomes = Counter[str]()

@@ -25,6 +25,8 @@ from commandbus.errors import (
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
 from commandbus.model import (
     AuditEvent,
+    BulkPreview,
+    BulkResult,
     Command,
     CommandStatus,
     Error,
@@ -32,6 +34,8 @@ from commandbus.model import (
     Receipt,
     SendRequest,
     Stat,
+    TroubleshootingFilter,
+    TroubleshootingGroup,
     Violation,
     Waiting,
     WaitingReason,
@@ -42,6 +46,8 @@ from commandbus.worker import Worker
 
 __all__ = [
     "AuditEvent",
+    "BulkPreview",
+    "BulkResult",
     "BusinessRuleError",
     "ClosedError",
     "Command",
@@ -71,6 +77,8 @@ __all__ = [
     "SendTimeoutError",
     "Stat",
     "TransientCommandError",
+    "TroubleshootingFilter",
+    "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Violation",
     "Waiting",

@@ -218,7 +218,7 @@ def claim(
 
 
 Answers: TypeAlias = dict[UUID, str]
-"""done, busy or lost, by command id."""
+"""done, busy, and lost or changed, by command id."""
 
 
 def _lease_call(name: str, domain: str, items: Sequence[str], *more: object) -> Call[Answers]:
@@ -318,6 +318,22 @@ def _act(
             raise InvalidCommandError(f"command {command_id}: {field} {problem}")
     params = (domain, command_id, operator, reason, *more)
     return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
+
+
+Parked: TypeAlias = tuple[UUID, int]
+"""A parked command as it was seen: its id, and its delivery, which is higher once it is parked anew."""
+
+
+def operator_bulk(
+    domain: str, verb: str, items: Sequence[Parked], *, operator: str, reason: str | None, value: str | None
+) -> Call[Answers]:
+    """Retry, cancel or complete these; see `operator_bulk_v1`. Returns done, changed or busy for each."""
+    text = ",".join(f'{{"command_id":"{command_id}","delivery":{delivery}}}' for command_id, delivery in items)
+    return Call(
+        "SELECT command_id, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, %s, %s)",
+        (domain, verb, f"[{text}]", operator, reason, value),
+        lambda rows: dict(rows),  # noqa: PLW0108 - `dict` alone has too many types
+    )
 
 
 # -- the list of workers ---------------------------------------------------------------------------------------------

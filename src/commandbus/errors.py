@@ -53,7 +53,10 @@ class CommandNotFoundError(CommandBusError):
 
 
 class CommandStateError(CommandBusError):
-    """The command's status does not allow this verb; nothing was written. Read the command and decide anew."""
+    """The command's status does not allow this verb, or a filter finds another number of commands than was expected.
+
+    Nothing was written. Read the command, or look with the filter, and decide anew.
+    """
 
     sqlstate = "CB003"
 

@@ -202,3 +202,61 @@ class Page(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class TroubleshootingFilter:
+    """Which parked commands of a domain: those for which everything that is given holds.
+
+    `fingerprint` is that of a `TroubleshootingGroup`; `parked_for`: at least so long; `text` stands in the error's
+    message or in the data as JSON text, in upper or lower case.
+    """
+
+    domain: str
+    command_type: str | None = field(default=None, kw_only=True)
+    error_code: str | None = field(default=None, kw_only=True)
+    fingerprint: str | None = field(default=None, kw_only=True)
+    parked_for: timedelta | None = field(default=None, kw_only=True)
+    text: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TroubleshootingGroup:
+    """Parked commands of one type whose errors differ at most in ids, numbers and what stands in quotes.
+
+    `sample_ids` are up to three of them, the longest parked first; `sample_message` begins the message of the first.
+    """
+
+    domain: str
+    command_type: str
+    error_code: str
+    fingerprint: str
+    count: int
+    oldest_parked_at: datetime
+    newest_parked_at: datetime
+    sample_ids: tuple[UUID, ...]
+    sample_message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BulkPreview:
+    """What a bulk action over a filter would act on. Without any, the two times are None."""
+
+    count: int
+    oldest_parked_at: datetime | None
+    newest_parked_at: datetime | None
+    groups: tuple[TroubleshootingGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """How far a bulk action came; the four numbers add up to the count that it was given.
+
+    `changed`: left alone, for they were no longer parked, or parked anew, since the set was fixed. `busy`: locked by
+    somebody else. `remaining`: not tried, because it was stopped.
+    """
+
+    done: int
+    changed: int
+    busy: int
+    remaining: int

@@ -150,6 +150,16 @@ def operator_verb(db: Connection, verb: str, command_id: str) -> str:
     return "ok"
 
 
+def bulk(
+    db: Connection, verb: str, *items: Row, domain: str = "d", value: str | None = None, operator: str = "ana"
+) -> list[tuple[str, str]]:
+    """Call a verb for many parked commands; returns the answer as it comes."""
+    sql = "SELECT command_id::text, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, 'why', %s)"
+    value = value or ('{"by": "hand"}' if verb == "complete" else None)
+    found = db.execute(sql, [domain, verb, json.dumps(items), operator, value])
+    return [(row[0], row[1]) for row in found]
+
+
 # ------------------------------------------------------------------------------------- what is there
 
 

@@ -15,6 +15,7 @@ from tests.sql.support import (
     Connect,
     Connection,
     Row,
+    bulk,
     claim,
     item,
     lease_verb,
@@ -119,6 +120,7 @@ MUST: dict[str, set[str]] = {
     "cancel": {KEY},
     "operator_retry": {KEY},
     "operator_complete": {KEY, "audit_event_pkey"},
+    "operator_bulk": {KEY, "audit_event_pkey"},
 }
 
 NONE: dict[str, set[str]] = {verb: set() for verb in MUST}
@@ -143,11 +145,12 @@ def verbs(db: Connection) -> dict[str, Callable[[], object]]:
         calls[verb] = lambda verb=verb, some=some: lease_verb(db, verb, *some)  # type: ignore[misc]
         if verb == "complete":
             calls["complete again"] = lambda some=some: lease_verb(db, "complete", *some)  # type: ignore[misc]
-    parked = [item(row) for row in claim(db, 2)]
+    parked = [item(row) for row in claim(db, 4)]
     lease_verb(db, "fail PERMANENT", *parked)
     calls["cancel"] = lambda: operator_verb(db, "cancel", leases[-1]["command_id"])
     calls["operator_retry"] = lambda: operator_verb(db, "operator_retry", parked[0]["command_id"])
     calls["operator_complete"] = lambda: operator_verb(db, "operator_complete", parked[1]["command_id"])
+    calls["operator_bulk"] = lambda: bulk(db, "complete", *parked[2:])
     return calls
 
 

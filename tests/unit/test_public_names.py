@@ -13,6 +13,8 @@ from commandbus import errors
 
 NAMES = [
     "AuditEvent",
+    "BulkPreview",
+    "BulkResult",
     "BusinessRuleError",
     "ClosedError",
     "Command",
@@ -42,6 +44,8 @@ NAMES = [
     "SendTimeoutError",
     "Stat",
     "TransientCommandError",
+    "TroubleshootingFilter",
+    "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Violation",
     "Waiting",

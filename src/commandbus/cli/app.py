@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 import typer
 
-from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verify
+from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -30,7 +30,7 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _troubleshooting = typer.Typer(
-    help="The commands that wait for a person, and the three things to do with one.", epilog=_EXIT_CODES
+    help="The commands that wait for a person, and the three things to do with one, or with many.", epilog=_EXIT_CODES
 )
 _app.add_typer(_troubleshooting, name="troubleshooting")
 
@@ -46,13 +46,20 @@ _top: tuple[Callable[..., object], ...] = (
     processes.demo,
     processes.dev,
 )
-_below: tuple[Callable[..., object], ...] = (parked.retry, parked.cancel, parked.complete)
+_below: dict[str, Callable[..., object]] = {
+    "list": parked.list_parked,
+    "groups": parked.groups,
+    "show": parked.show_parked,
+    "edit": parked.edit,
+    "retry": verbs.retry,
+    "cancel": verbs.cancel,
+    "complete": verbs.complete,
+}
 for _subcommand in _top:
     _app.command(epilog=_EXIT_CODES)(_subcommand)
 _app.command("list", epilog=_EXIT_CODES)(desk.list_commands)
-_troubleshooting.command("list", epilog=_EXIT_CODES)(parked.list_parked)
-for _subcommand in _below:
-    _troubleshooting.command(epilog=_EXIT_CODES)(_subcommand)
+for _name, _subcommand in _below.items():
+    _troubleshooting.command(_name, epilog=_EXIT_CODES)(_subcommand)
 
 
 def run() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from uuid import UUID
 
 import typer
@@ -69,16 +69,28 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a command, why it waits, and everything that happened to it: each attempt, with its error."""
+    story = ask(dsn, lambda bus: read_story(bus, command_id, domain))
+    terminal.print_json(story._asdict()) if as_json else print_story(story)
 
-    async def read(bus: CommandBus) -> tuple[Command, Waiting | None, list[AuditEvent]]:
-        where = domain or await _find_domain(bus, command_id)
-        command = await bus.get_command(where, command_id)
-        return command, await bus.explain(where, command_id), await bus.get_audit_trail(where, command_id)
 
-    command, waiting, events = ask(dsn, read)
-    if as_json:
-        terminal.print_json({"command": command, "waiting": waiting, "audit_trail": events})
-        return
+class Story(NamedTuple):
+    """All there is to tell of a command."""
+
+    command: Command
+    waiting: Waiting | None
+    audit_trail: list[AuditEvent]
+
+
+async def read_story(bus: CommandBus, command_id: UUID, domain: str | None) -> Story:
+    """Read a command, by default from the domain that has it."""
+    where = domain or await _find_domain(bus, command_id)
+    command = await bus.get_command(where, command_id)
+    return Story(command, await bus.explain(where, command_id), await bus.get_audit_trail(where, command_id))
+
+
+def print_story(story: Story) -> None:
+    """Print a command, why it waits, all there is to know of its error, and what happened to it."""
+    command, waiting, events = story
     texts = {name: terminal.json_cell(getattr(command, name)) for name in ("data", "headers", "result")}
     terminal.print_record(terminal.fields(command) | texts | {"waiting": waiting})
     if command.error and command.error.details is not None:

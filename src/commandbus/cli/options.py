@@ -10,7 +10,6 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, TypeAlias
-from uuid import UUID
 
 import typer
 
@@ -41,7 +40,6 @@ def _possible_domain(value: str) -> str:
 
 
 Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN", callback=_possible_domain)]
-Ids: TypeAlias = Annotated[list[UUID], typer.Argument(metavar="ID...")]
 Operator: TypeAlias = Annotated[
     str | None, typer.Option(help="Who acts; the audit trail keeps it. Default: your name on this machine.")
 ]

@@ -50,6 +50,11 @@ def complain(message: str) -> None:
     typer.echo(f"commandbus: {safe(' '.join(message.split()))}", err=True)
 
 
+def remark(line: str) -> None:
+    """Print how far something is as one line on stderr."""
+    typer.echo(safe(line), err=True)
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 

@@ -59,13 +59,15 @@ BEGIN
             ('operator_retry_v1',    'operator'),
             ('operator_cancel_v1',   'operator'),
             ('operator_complete_v1', 'operator'),
+            ('operator_bulk_v1',     'operator'),
             ('explain_v1',           'operator, reader'),
             ('verify_v1',            'operator, reader'),
             ('commands',             'operator, reader'),  -- payloads; a sender need not see those of others
             ('troubleshooting',      'operator, reader'),
             ('audit_trail',          'operator, reader'),
             ('workers',              'operator, reader'),
-            ('clock',                'operator, reader'),  -- called by the view of workers, as its reader
+            ('clock',                'operator, reader'),  -- this and the next: called by views, as their reader
+            ('_fingerprint',         'operator, reader'),
             ('stats',                'operator, reader')
         ) AS r (name, roles)
         JOIN (SELECT p.proname, 'EXECUTE ON ROUTINE ' || p.oid::regprocedure

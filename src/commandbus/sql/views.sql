@@ -12,9 +12,10 @@ SELECT h.domain, h.command_id, h.command_type, h.status, h.priority, h.max_attem
        NULL::timestamptz, NULL::timestamptz, h.claimed_at, NULL::timestamptz, h.worker, h.finished_at
 FROM commandbus.command_history h;
 
--- What waits for an operator; the oldest first when ordered by parked_at.
+-- What waits for an operator; the oldest first when ordered by parked_at. Failures of one kind share a fingerprint.
+-- Columns are only ever added at the end: once commands gets another, name them all here.
 CREATE OR REPLACE VIEW commandbus.troubleshooting AS
-SELECT * FROM commandbus.commands WHERE parked_at IS NOT NULL;
+SELECT c.*, commandbus._fingerprint(c.error) AS fingerprint FROM commandbus.commands c WHERE c.parked_at IS NOT NULL;
 
 -- How many commands are unfinished, by domain, type and status, and when the oldest of them was sent.
 CREATE OR REPLACE VIEW commandbus.stats AS

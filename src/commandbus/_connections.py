@@ -219,7 +219,7 @@ class _BlockingPsycopg(_Psycopg):
     def execute(self, call: Call[T]) -> T:
         with translated(), psycopg.Cursor(self._blocking, row_factory=tuple_row) as cursor:
             cursor.execute(call.sql.encode(), call.params)
-            return call.read(cursor.fetchall() if _brings_rows(call) else [])
+            return call.read(cursor.fetchall() if _brings_rows(cursor, call) else [])
 
 
 async def execute_async(connection: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
@@ -227,11 +227,13 @@ async def execute_async(connection: psycopg.AsyncConnection[Any], call: Call[T])
     with translated():
         async with psycopg.AsyncCursor(connection, row_factory=tuple_row) as cursor:
             await cursor.execute(call.sql.encode(), call.params)
-            return call.read(await cursor.fetchall() if _brings_rows(call) else [])
+            return call.read(await cursor.fetchall() if _brings_rows(cursor, call) else [])
 
 
-def _brings_rows(call: Call[Any]) -> bool:
-    return call.sql.startswith("SELECT")  # psycopg does not know it yet in the caller's pipeline
+def _brings_rows(cursor: psycopg.Cursor[Row] | psycopg.AsyncCursor[Row], call: Call[Any]) -> bool:
+    if cursor.pgresult is None:  # in the caller's pipeline, where nothing has come back yet
+        return call.sql.startswith("SELECT")
+    return cursor.description is not None
 
 
 class _SqlAlchemy:

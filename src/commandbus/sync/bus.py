@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
+from commandbus._batches import receipt
 from commandbus._calls import Outgoing
 from commandbus._connections import run_on
 from commandbus._send_buffer import Parcel
-from commandbus.bus import CommandBus, _receipt
+from commandbus.bus import CommandBus
 from commandbus.errors import ClosedError, WrongLoopError
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
 from commandbus.sync.call import SETTLE_SECONDS, wait
@@ -160,7 +161,7 @@ class SyncCommandBus:
             return run_on(connection, self._bus.sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
-        return _receipt(outgoing, *self._deliver(bus, [outgoing]))
+        return receipt(outgoing, *self._deliver(bus, [outgoing]))
 
     def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; see `CommandBus.send_batch`."""

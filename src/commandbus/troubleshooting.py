@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from commandbus.model import (
     TroubleshootingGroup,
 )
 
-OnProgress: TypeAlias = Callable[[BulkResult], bool | None]
+OnProgress: TypeAlias = Callable[[BulkResult], bool | Awaitable[bool | None] | None]
 
 _MAX_BATCH = 200
 _BATCHES_PER_SECOND = 10
@@ -46,7 +46,8 @@ class TroubleshootingQueue:
 
     The actions on many, `*_many`, fix the set once: what the filter finds that is parked by now. When that is not
     `expected_count`, which `preview` tells, they raise `CommandStateError` and do nothing. They act batch by batch,
-    each durable on its own, `per_second` at most, and call `on_progress` after each; when it returns False they stop.
+    each durable on its own, `per_second` at most, and call `on_progress`, a `def` or an `async def` function, after
+    each; when it returns False they stop.
     What another verb has taken meanwhile is left alone, also when it is parked anew. Cancelling lets the batch under
     way end. An exception that comes from one of them has a note that says how many are done.
     """
@@ -278,6 +279,8 @@ class _Bulk:
             await asyncio.shield(call)
         finally:
             self._settle(batch, await call)  # also when this task is cancelled; when it is cancelled again, the call is
+        verdict = self._on_progress(self._result())
+        self._stopped = (await verdict if isinstance(verdict, Awaitable) else verdict) is False
         if self._wake is not None:
             await self._bus.wake(self._wake)
 
@@ -290,7 +293,6 @@ class _Bulk:
             else:
                 self._outcomes[outcome] += 1
         self._unknown = 0
-        self._stopped = self._on_progress(self._result()) is False
 
     def _result(self) -> BulkResult:
         return BulkResult(self._outcomes["done"], self._outcomes["changed"], len(self._busy), len(self._left))

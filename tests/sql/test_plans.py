@@ -28,6 +28,7 @@ from tests.sql.support import (
     send_ids,
     shift,
     sweep,
+    trail,
 )
 from tests.support import eventually
 
@@ -179,6 +180,14 @@ def test_what_stands_before_a_command_is_counted_in_the_queue_alone(
     plans = plans_of(asker, lambda: asker.execute("SELECT FROM commandbus.explain_v1('d', %s)", [command_id]))
     assert faults(plans) == set()
     assert {QUEUE, KEY} <= indexes(plans)
+
+
+def test_the_audit_trail_of_one_command_reads_no_others(db: Connection) -> None:
+    (command_id,) = send_ids(db)
+    db.execute(_FINISHED.encode(), {"count": 3000})
+    db.execute("VACUUM ANALYZE")
+    found = faults(plans_of(db, lambda: trail(db, command_id)))
+    assert found == {"Sort of command"}  # of its few steps
 
 
 def test_plans_that_a_session_made_while_the_tables_were_empty(db: Connection, connect: Connect) -> None:

@@ -114,33 +114,14 @@ def query_commands(
     if since is not None:
         where.append("sent_at >= clock_timestamp() - %s")
         params.append(since)
-    if cursor is not None:
-        where.append("(domain, command_id) < (%s, %s)")
-        params += _read_cursor(cursor, str)
-    return _page(
-        "commands",
-        where,
-        params,
-        order="domain DESC, command_id DESC",
-        limit=limit,
-        key=lambda command: [command.domain, str(command.command_id)],
-    )
+    return _page("commands", where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
 
 
 def list_troubleshooting(which: TroubleshootingFilter, *, limit: int, cursor: str | None) -> Call[Page[Command]]:
     """Parked commands, the longest parked first."""
     where, params = _parked(which)
-    if cursor is not None:
-        where.append("(parked_at, command_id) > (%s, %s)")
-        params += _read_cursor(cursor, datetime.fromisoformat)
-    return _page(
-        "troubleshooting",
-        where,
-        params,
-        order="parked_at, command_id",
-        limit=limit,
-        key=lambda command: [str(command.parked_at), str(command.command_id)],
-    )
+    read = datetime.fromisoformat
+    return _page("troubleshooting", where, params, by="parked_at", read=read, limit=limit, cursor=cursor)
 
 
 def groups(which: TroubleshootingFilter) -> Call[list[TroubleshootingGroup]]:
@@ -216,7 +197,7 @@ def count(domain: str | None, status: CommandStatus | None, command_type: str | 
 
 def stats(domain: str | None) -> Call[list[Stat]]:
     """Count what is unfinished, by domain, type and status."""
-    where, params = _filter(domain, None, None)
+    where, params = _filter(domain)
     return Call(
         "SELECT domain, command_type, status, count, oldest_sent_at FROM commandbus.stats"
         f"{_where(where)} ORDER BY 1, 2, 3",
@@ -257,17 +238,12 @@ def explain(domain: str, command_id: UUID) -> Call[Waiting | None]:
 def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
     """List the workers that have announced themselves, alive or not, by the columns of the view."""
     columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
-    where, params = _filter(domain, None, None)
+    where, params = _filter(domain)
     return Call(
         f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
         tuple(params),
         lambda rows: [dict(zip(columns, row, strict=True)) for row in rows],
     )
-
-
-def now() -> Call[datetime]:
-    """The server's clock."""
-    return Call("SELECT clock_timestamp()", (), lambda rows: rows[0][0])
 
 
 def verify() -> Call[list[Violation]]:
@@ -290,7 +266,7 @@ def max_data_bytes() -> Call[int]:
 
 
 def _filter(
-    domain: str | None, status: CommandStatus | None, command_type: str | None
+    domain: str | None, status: CommandStatus | None = None, command_type: str | None = None
 ) -> tuple[list[str], list[object]]:
     given = {"domain": domain, "status": status, "command_type": command_type}
     chosen = {column: str(value) for column, value in given.items() if value is not None}
@@ -299,24 +275,21 @@ def _filter(
 
 def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tuple[list[str], list[object]]:
     """Return the conditions of a filter; with `until`, `parked_for` counts back from there, otherwise from now."""
-    where, params = _filter(which.domain, None, which.command_type)
+    where, params = _filter(which.domain, command_type=which.command_type)
     for column, value in (("error ->> 'code'", which.error_code), ("fingerprint", which.fingerprint)):
         if value is not None:
             where.append(f"{column} = %s")
             params.append(value)
     if until is not None or which.parked_for is not None:
         where.append("parked_at <= coalesce(%s, (SELECT commandbus.clock())) - %s")
-        params += [until, _checked(which.parked_for or timedelta(0))]
+        age = which.parked_for or timedelta(0)
+        if not timedelta(0) <= age <= MAX_DELAY:
+            raise InvalidCommandError(f"parked_for is {age}: it must be 0 to {MAX_DELAY.days} days")
+        params += [until, age]
     if which.text is not None:
         where.append("strpos(lower(concat_ws(E'\\n', error ->> 'message', data::text)), lower(%s)) > 0")
         params.append(which.text)
     return where, params
-
-
-def _checked(parked_for: timedelta) -> timedelta:
-    if not timedelta(0) <= parked_for <= MAX_DELAY:
-        raise InvalidCommandError(f"parked_for is {parked_for}: it must be 0 to {MAX_DELAY.days} days")
-    return parked_for
 
 
 def _where(conditions: list[str]) -> str:
@@ -328,24 +301,32 @@ def _page(
     where: list[str],
     params: list[object],
     *,
-    order: str,
+    by: str,
+    read: Callable[[str], object],
+    backwards: bool = False,
     limit: int,
-    key: Callable[[Command], list[str]],
+    cursor: str | None,
 ) -> Call[Page[Command]]:
+    """A page in the order of this column, the values of which a cursor holds as text, and of the id."""
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidCommandError(f"limit is {limit}: it must be between 1 and {MAX_LIMIT:,}")
+    comparison, direction = ("<", " DESC") if backwards else (">", "")
+    if cursor is not None:
+        where.append(f"({by}, command_id) {comparison} (%s, %s)")
+        params += _read_cursor(cursor, read)
 
-    def read(rows: list[Row]) -> Page[Command]:
+    def page(rows: list[Row]) -> Page[Command]:
         items = tuple(_command(row) for row in rows[:limit])
         more = len(rows) > limit
-        return Page(items, _write_cursor(key(items[-1])) if more else None)
+        return Page(items, _write_cursor([getattr(items[-1], by), items[-1].command_id]) if more else None)
 
+    order = f"{by}{direction}, command_id{direction}"
     sql = f"SELECT {_COLUMNS} FROM commandbus.{view}{_where(where)} ORDER BY {order} LIMIT {limit + 1}"
-    return Call(sql, tuple(params), read)
+    return Call(sql, tuple(params), page)
 
 
-def _write_cursor(key: list[str]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
+def _write_cursor(key: list[object]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(key, default=str).encode()).decode()
 
 
 def _read_cursor(cursor: str, read: Callable[[str], object]) -> list[object]:

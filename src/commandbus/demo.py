@@ -91,10 +91,10 @@ def run(*, json_output: bool, data_dir: Path | None, transfers: Path | None = No
     default a temporary one; the database is new in any case, and dropped at the end. `transfers` is a folder with
     other accounts.csv and transfers.csv. Ends every process that it started, also on SIGINT and SIGTERM.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, so that what was started is ended
     screen, figures, code = _Screen(sys.stderr if json_output else sys.stdout), _Figures(), 1
     try:
         with (
-            _sigterm_as_sigint(),
             tempfile.TemporaryDirectory(prefix="commandbus-demo-") as scratch,
             _database(data_dir or Path(scratch, "data"), screen) as dsn,
         ):
@@ -160,23 +160,19 @@ class _Demo:
 
     def _run(self, program: str, *arguments: str) -> None:
         """Run a program of the example and show what it says; raises if it does not end well."""
-        with subprocess.Popen(  # noqa: S603 - our own
+        ended = subprocess.run(  # noqa: S603 - our own
             [sys.executable, example() / program, *arguments],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        ) as process:
-            try:
-                said = process.communicate()[0]
-            except BaseException:
-                _end([process], signal.SIGINT)
-                raise
-        for line in said.splitlines():
+            check=False,
+        )
+        for line in ended.stdout.splitlines():
             self.screen.say(f"{program}: {line}")
-        if process.returncode != 0:
-            raise _UnexplainedError(f"{program} ended with {process.returncode}")
+        if ended.returncode != 0:
+            raise _UnexplainedError(f"{program} ended with {ended.returncode}")
 
     def _status(self) -> Counter[str]:
         return Counter(dict(self._connection.execute(_STATUS).fetchall()))
@@ -347,13 +343,3 @@ def _database(data_dir: Path, screen: _Screen) -> Iterator[str]:
             yield postgres.dsn(name)
         finally:
             administrator.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-@contextlib.contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, so that what was started is ended."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -125,15 +125,13 @@ def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:
     found = connection.execute("SELECT to_regclass('commandbus.migration')").fetchone()
     if found == (None,):
         return migrations()
-    row = connection.execute("SELECT coalesce(max(version), 0) FROM commandbus.migration").fetchone()
-    version = int(row[0]) if row else 0
+    ((version,),) = connection.execute("SELECT coalesce(max(version), 0) FROM commandbus.migration").fetchall()
     ours = migrations()[-1].version
     if version > ours:
-        msg = (
+        raise SchemaError(
             f"the schema is at version {version}, this client knows only {ours}: it does not go backwards; "
             "upgrade the commandbus package"
         )
-        raise SchemaError(msg)
     return migrations()[version:]
 
 
@@ -153,6 +151,5 @@ def _read(file: Traversable) -> Migration:
     oldest = re.search(r"^-- oldest client: (\d+)$", sql, re.MULTILINE)
     name = file.name.removesuffix(".sql")
     if oldest is None or not re.fullmatch(r"\d{4}_\w+", name):
-        msg = f"migration {file.name}: no version number or no '-- oldest client: N' line"
-        raise SchemaError(msg)
+        raise SchemaError(f"migration {file.name}: no version number or no '-- oldest client: N' line")
     return Migration(int(name[:4]), name, int(oldest[1]), sql)

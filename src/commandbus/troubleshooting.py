@@ -14,7 +14,7 @@ from uuid import UUID
 
 from commandbus import _calls, _queries
 from commandbus._calls import Answers, Call, Parked
-from commandbus._failures import is_connection_lost
+from commandbus._failures import is_connection_lost, refusals_of
 from commandbus._limits import encode
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandStateError, InvalidCommandError
@@ -129,7 +129,8 @@ class TroubleshootingQueue:
         `data`, unless None, replaces the command's data; the audit trail keeps both.
         """
         text = None if data is None else encode(data, f"command {command_id}: data", self._bus.max_data_bytes)
-        await self._bus.database.run(_calls.operator_retry(domain, command_id, operator, reason, text))
+        with refusals_of(f"command {command_id}"):
+            await self._bus.database.run(_calls.operator_retry(domain, command_id, operator, reason, text))
         await self._bus.wake(domain)
 
     async def operator_cancel(self, domain: str, command_id: UUID, *, operator: str, reason: str) -> None:
@@ -141,7 +142,8 @@ class TroubleshootingQueue:
     ) -> None:
         """Note that the work was done by hand: `IN_TROUBLESHOOTING_QUEUE -> COMPLETED`, with this result."""
         text = None if result_data is None else encode(result_data, f"command {command_id}: result_data")
-        await self._bus.database.run(_calls.operator_complete(domain, command_id, operator, reason, text))
+        with refusals_of(f"command {command_id}"):
+            await self._bus.database.run(_calls.operator_complete(domain, command_id, operator, reason, text))
 
     # -- acting on many ------------------------------------------------------------------------------------------------
 
@@ -278,7 +280,9 @@ class _Bulk:
         try:
             await asyncio.shield(call)
         finally:
-            self._settle(batch, await call)  # also when this task is cancelled; when it is cancelled again, the call is
+            with refusals_of("a batch of commands"):
+                # Also when this task is cancelled; when it is cancelled again, the call is.
+                self._settle(batch, await call)
         verdict = self._on_progress(self._result())
         self._stopped = (await verdict if isinstance(verdict, Awaitable) else verdict) is False
         if self._wake is not None:

@@ -64,6 +64,10 @@ def log(command, context):
 HOSTILE = "\x1b[31mred\x1b[0m [red]markup[/red]\nsecond line\r\u202e\x9b31m :smile: \x7f"
 
 
+def command_line(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "commandbus", *map(str, arguments)]
+
+
 def execute(
     *arguments: str | Path,
     dsn: str | None = None,
@@ -72,7 +76,7 @@ def execute(
     **options: Any,
 ) -> Result:
     return subprocess.run(
-        [sys.executable, "-m", "commandbus", *map(str, arguments)],
+        command_line(*arguments),
         input=stdin, capture_output=True, text=True, timeout=60, env=environment(dsn, env), check=False, **options,
     )  # fmt: skip
 
@@ -82,7 +86,7 @@ def on_terminal(columns: int, *arguments: str | Path, dsn: str) -> list[str]:
     reading, writing = pty.openpty()
     with open(reading, "rb", closefd=True) as screen:  # noqa: PTH123 - it is no path
         process = subprocess.Popen(
-            [sys.executable, "-m", "commandbus", *map(str, arguments)],
+            command_line(*arguments),
             stdin=writing, stdout=writing, stderr=writing, env=environment(dsn, {"COLUMNS": str(columns)}),
         )  # fmt: skip
         os.close(writing)
@@ -111,7 +115,7 @@ def running(*arguments: str | Path, dsn: str | None = None, folder: Path) -> Ite
     """Start the command line in `folder`; what it writes goes to the files `out` and `err` there."""
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         process = subprocess.Popen(
-            [sys.executable, "-m", "commandbus", *map(str, arguments)],
+            command_line(*arguments),
             stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True, cwd=folder, env=environment(dsn),
         )  # fmt: skip
     try:

@@ -181,6 +181,16 @@ def test_what_stands_before_a_command_is_counted_in_the_queue_alone(
     assert {QUEUE, KEY} <= indexes(plans)
 
 
+@pytest.mark.parametrize("tables", TABLES)
+def test_the_trail_of_a_command_is_read_by_its_id(db: Connection, tables: str) -> None:
+    TABLES[tables](db)
+    (command_id,) = send_ids(db)
+    trail = "SELECT * FROM commandbus.audit_trail WHERE domain = 'd' AND command_id = %s"
+    plans = plans_of(db, lambda: db.execute(trail, [command_id]))
+    assert faults(plans) == set()
+    assert {KEY, "history"} <= indexes(plans)
+
+
 def test_plans_that_a_session_made_while_the_tables_were_empty(db: Connection, connect: Connect) -> None:
     """A worker is started with the application; its plans are cached before the first commands come."""
     db.execute("VACUUM ANALYZE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -9,6 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
+from commandbus._limits import text_problem
 from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
@@ -34,18 +36,19 @@ _troubleshooting = typer.Typer(
 )
 _app.add_typer(_troubleshooting, name="troubleshooting")
 
-_top: tuple[Callable[..., object], ...] = (
-    processes.migrate,
-    processes.worker,
-    commands.send,
-    commands.show,
-    desk.stats,
-    desk.workers,
-    doctor.doctor,
-    verify.verify,
-    processes.demo,
-    processes.dev,
-)
+_top: dict[str, Callable[..., object]] = {
+    "migrate": processes.migrate,
+    "worker": processes.worker,
+    "send": commands.send,
+    "show": commands.show,
+    "list": desk.list_commands,
+    "stats": desk.stats,
+    "workers": desk.workers,
+    "doctor": doctor.doctor,
+    "verify": verify.verify,
+    "demo": processes.demo,
+    "dev": processes.dev,
+}
 _below: dict[str, Callable[..., object]] = {
     "list": parked.list_parked,
     "groups": parked.groups,
@@ -55,15 +58,16 @@ _below: dict[str, Callable[..., object]] = {
     "cancel": verbs.cancel,
     "complete": verbs.complete,
 }
-for _subcommand in _top:
-    _app.command(epilog=_EXIT_CODES)(_subcommand)
-_app.command("list", epilog=_EXIT_CODES)(desk.list_commands)
-for _name, _subcommand in _below.items():
-    _troubleshooting.command(_name, epilog=_EXIT_CODES)(_subcommand)
+for _group, _subcommands in ((_app, _top), (_troubleshooting, _below)):
+    for _name, _subcommand in _subcommands.items():
+        _group.command(_name, epilog=_EXIT_CODES)(_subcommand)
 
 
 def run() -> int:
     """Run what `sys.argv` says; returns the exit code. Raises `UsageError`, `StoppedError` and the library's errors."""
+    for number, argument in enumerate(sys.argv[1:], 1):
+        if text_problem(argument):  # a byte that is no text comes as a lone surrogate, which no driver takes
+            raise UsageError(f"argument {number} is not UTF-8")
     try:
         code = _app(prog_name="commandbus", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

@@ -112,7 +112,7 @@ def stats(
     """Count the unfinished commands by domain, type and status, with the age of the oldest, and the living workers."""
 
     async def look(bus: CommandBus) -> None:
-        counts, now = await bus.stats(domain=domain), await bus.database.repeat(_queries.now())
+        counts, now = await bus.stats(domain=domain), await bus.database.repeat(_queries.clock())
         known = await bus.database.repeat(_queries.workers(domain))
         alive = Counter(worker["domain"] for worker in known if worker["alive"])
         if watch:
@@ -129,8 +129,8 @@ def _print_stats(counts: list[Stat], now: datetime, alive: Counter[Json]) -> Non
     terminal.print_entries(
         "unfinished commands" if counts else "no unfinished commands",
         (
-            ([stat.domain, stat.command_type, stat.status, stat.count, terminal.named("oldest", age)], [])
-            for stat, age in ((stat, now - stat.oldest_sent_at) for stat in counts)
+            ([of.domain, of.command_type, of.status, of.count, terminal.named("oldest", now - of.oldest_sent_at)], [])
+            for of in counts
         ),
     )
     domains = sorted({*alive, *(stat.domain for stat in counts)})

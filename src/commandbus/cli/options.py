@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import getpass
+import inspect
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
@@ -40,10 +44,46 @@ def _possible_domain(value: str) -> str:
 
 
 Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN", callback=_possible_domain)]
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise ConfigurationError(f"user {os.getuid()} of this machine has no name: give --operator") from None
+
+
 Operator: TypeAlias = Annotated[
-    str | None, typer.Option(help="Who acts; the audit trail keeps it. Default: your name on this machine.")
+    str,
+    typer.Option(
+        default_factory=_user_name,
+        show_default=False,
+        help="Who acts; the audit trail keeps it. Default: your name on this machine.",
+    ),
 ]
 Reason: TypeAlias = Annotated[str, typer.Option(help="Why; the audit trail keeps it.")]
+OptionalReason: TypeAlias = Annotated[str | None, typer.Option(help="Why; the audit trail keeps it.")]
+
+T = TypeVar("T")
+
+
+def spread(subcommand: Callable[..., T]) -> Callable[..., T]:
+    """Give a subcommand the fields of each parameter that is a dataclass as options, which typer cannot do itself."""
+    taken = inspect.signature(subcommand, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in taken.items() if dataclasses.is_dataclass(p.annotation)}
+
+    @functools.wraps(subcommand)
+    def run(**given: object) -> T:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        return subcommand(**given)
+
+    shown = [p for name, p in taken.items() if name not in groups]
+    for group in groups.values():
+        shown += inspect.signature(group, eval_str=True).parameters.values()
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in shown])  # type: ignore[attr-defined]
+    return run
+
 
 _UNITS = {"ms": "milliseconds", "": "seconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -72,13 +112,3 @@ def duration(name: str, text: str) -> timedelta:
     if found is None:
         raise typer.BadParameter(f"{text} is not a duration such as 90, 500ms, 90s, 5m, 1h or 2d", param_hint=name)
     return timedelta(**{_UNITS[found[2]]: float(found[1])})
-
-
-def operator_name(given: str | None) -> str:
-    """Return the operator: as given, else the user of this machine."""
-    if given is not None:
-        return given
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        raise ConfigurationError(f"user {os.getuid()} of this machine has no name: give --operator") from None

@@ -9,8 +9,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated
 from uuid import UUID
 
 import typer
@@ -20,53 +21,45 @@ from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.commands import Story, print_story, read_story
 from commandbus.cli.database import ask
-from commandbus.cli.options import AsJson, Domain, Dsn, Operator, duration, operator_name, read_json
+from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, duration, read_json, spread
 from commandbus.errors import CommandBusError, CommandStateError, ConfigurationError, InvalidCommandError
 from commandbus.model import Command, CommandStatus, Json, TroubleshootingFilter, TroubleshootingGroup
 from commandbus.troubleshooting import TroubleshootingQueue
 
-Type: TypeAlias = Annotated[str | None, typer.Option("--type", help="Only this command type.")]
-Code: TypeAlias = Annotated[str | None, typer.Option(help="Only this error code.")]
-Group: TypeAlias = Annotated[str | None, typer.Option(help="Only this group, as `groups` names it.")]
-ParkedFor: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="DURATION", help="Only what is parked for so long at least: 90s, 5m, 1h, 2d.")
-]
-Text: TypeAlias = Annotated[str | None, typer.Option(help="Only with this text in the error's message or in the data.")]
-OptionalReason: TypeAlias = Annotated[str | None, typer.Option(help="Why; the audit trail keeps it.")]
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The options that choose parked commands."""
 
-def chosen(  # noqa: PLR0917 - the options of a filter, in their order
-    domain: str, command_type: str | None, code: str | None, group: str | None, parked_for: str | None, text: str | None
-) -> TroubleshootingFilter:
-    """Return the filter that the options make."""
-    return TroubleshootingFilter(
-        domain,
-        command_type=command_type,
-        error_code=code,
-        fingerprint=group,
-        parked_for=None if parked_for is None else duration("--parked-for", parked_for),
-        text=text,
-    )
+    command_type: Annotated[str | None, typer.Option("--type", help="Only this command type.")] = None
+    error_code: Annotated[str | None, typer.Option("--code", help="Only this error code.")] = None
+    fingerprint: Annotated[str | None, typer.Option("--group", help="Only this group, as `groups` names it.")] = None
+    parked_for: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Only what is parked for so long at least: 90s, 5m, 1h, 2d.")
+    ] = None
+    text: Annotated[str | None, typer.Option(help="Only with this text in the error's message or in the data.")] = None
+
+    def of(self, domain: str) -> TroubleshootingFilter:
+        """Return the filter that they make."""
+        age = None if self.parked_for is None else duration("--parked-for", self.parked_for)
+        return TroubleshootingFilter(domain, **asdict(self) | {"parked_for": age})
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
+@spread
 def list_parked(
     domain: Domain,
     *,
-    command_type: Type = None,
-    code: Code = None,
-    group: Group = None,
-    parked_for: ParkedFor = None,
-    text: Text = None,
+    choice: Choice,
     limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
     cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
     """List parked commands with their errors, the longest parked first."""
-    which = chosen(domain, command_type, code, group, parked_for, text)
+    which = choice.of(domain)
     call = _queries.list_troubleshooting(which, limit=limit, cursor=cursor)
     page = ask(dsn, lambda bus: bus.database.repeat(call))
     if as_json:
@@ -84,19 +77,16 @@ def _command_lines(command: Command) -> tuple[list[object], list[object]]:
     return [command.command_id, command.command_type, *numbers], [command.error]
 
 
+@spread
 def groups(
     domain: Domain,
     *,
-    command_type: Type = None,
-    code: Code = None,
-    group: Group = None,
-    parked_for: ParkedFor = None,
-    text: Text = None,
+    choice: Choice,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
     """Group parked commands by type, error code and kind of message, the largest group first."""
-    which = chosen(domain, command_type, code, group, parked_for, text)
+    which = choice.of(domain)
     preview = ask(dsn, lambda bus: TroubleshootingQueue(bus).preview(which))
     if as_json:
         terminal.print_json(preview.groups)
@@ -159,7 +149,7 @@ def edit(
     *,
     data: Annotated[str | None, typer.Option(help="The new data: JSON; `@file` reads a file, `-` stdin.")] = None,
     patch: Annotated[str | None, typer.Option(help="A JSON merge patch of the data; `@file`, `-` as above.")] = None,
-    operator: Operator = None,
+    operator: Operator,
     reason: OptionalReason = None,
     dsn: Dsn = None,
     as_json: AsJson = False,
@@ -169,7 +159,6 @@ def edit(
         raise typer.BadParameter("cannot go with --data", param_hint="--patch")
     given = None if data is None else read_json("--data", data)
     change = None if patch is None else read_json("--patch", patch)
-    name = operator_name(operator)
     command = ask(dsn, lambda bus: _read_parked(bus, domain, command_id))
     if patch is not None:
         given = merge_patch(command.data, change)
@@ -184,7 +173,7 @@ def edit(
     async def retry(bus: CommandBus) -> None:
         if (await _read_parked(bus, domain, command_id)).delivery != command.delivery:
             raise CommandStateError(f"command {command_id} was parked anew while you edited it: nothing was done")
-        await TroubleshootingQueue(bus).operator_retry(domain, command_id, data=given, operator=name, reason=reason)
+        await TroubleshootingQueue(bus).operator_retry(domain, command_id, data=given, operator=operator, reason=reason)
 
     ask(dsn, retry)
     if as_json:

@@ -35,6 +35,9 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+_LINES = {LogFormat.TEXT: terminal.TextLines, LogFormat.JSON: terminal.JsonLines}
+
+
 class LogLevel(StrEnum):
     """From which level on a worker logs."""
 
@@ -139,9 +142,7 @@ def worker(
 
     A second signal does not wait for them: their commands are released, uncharged.
     """
-    terminal.log_to_stderr(
-        log_level.upper(), terminal.json_line if log_format is LogFormat.JSON else terminal.text_line
-    )
+    terminal.log_to_stderr(log_level.upper(), _LINES[log_format]())
     lease_time, grace_time = duration("--lease", lease), duration("--grace", grace)
     with until_stopped():
         handlers = _load(registry)

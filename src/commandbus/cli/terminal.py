@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 
 import typer
@@ -32,7 +32,7 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    log_to_stderr("ERROR", text_line)
+    log_to_stderr("ERROR", TextLines())
 
 
 def safe(value: object) -> str:
@@ -162,46 +162,40 @@ def _cell(value: object) -> str:
 # -- logs --------------------------------------------------------------------------------------------------------------
 
 
-class LogLines(logging.Formatter):
-    """Formats log records with a function."""
-
-    def __init__(self, render: Callable[[logging.LogRecord], str]) -> None:
-        super().__init__()
-        self._render = render
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as the function renders it."""
-        return self._render(record)
-
-
-def log_to_stderr(level: str, render: Callable[[logging.LogRecord], str]) -> None:
+def log_to_stderr(level: str, lines: logging.Formatter) -> None:
     """Send the log records of all libraries from this level on to stderr, and nowhere else."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogLines(render))
+    handler.setFormatter(lines)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # While the server is down it warns several times a second of what our own lines say, more and more rarely.
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
 
 
-def text_line(record: logging.LogRecord) -> str:
-    """Render a record as a line; a traceback follows, each line of it marked so that none can pass for a record."""
-    extra = "".join(f" {key}={safe(value)}" for key, value in _extra(record).items())
-    line = f"{_moment(record)} {record.levelname} {safe(record.name)}: {safe(record.getMessage())}{extra}"
-    return "\n    | ".join([line, *(safe(part) for part in _traceback(record).splitlines())])
+class TextLines(logging.Formatter):
+    """Log records as lines of text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line; a traceback follows, each line of it marked so that none can pass for a record."""
+        extra = "".join(f" {key}={safe(value)}" for key, value in _extra(record).items())
+        line = f"{_moment(record)} {record.levelname} {safe(record.name)}: {safe(record.getMessage())}{extra}"
+        return "\n    | ".join([line, *(safe(part) for part in _traceback(record).splitlines())])
 
 
-def json_line(record: logging.LogRecord) -> str:
-    """Render a record as a JSON object: time, level, logger, message, what names the delivery, perhaps a traceback."""
-    line = {
-        "time": _moment(record),
-        "level": record.levelname,
-        "logger": record.name,
-        "message": record.getMessage(),
-        **_extra(record),
-    }
-    if record.exc_info:
-        line["traceback"] = _traceback(record)
-    return json.dumps(line, default=str)
+class JsonLines(logging.Formatter):
+    """Log records as JSON objects, one a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the time, level, logger, message, what names the delivery, and perhaps a traceback."""
+        line = {
+            "time": _moment(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            line["traceback"] = _traceback(record)
+        return json.dumps(line, default=str)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Json]:

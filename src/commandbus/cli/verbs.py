@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, TypeAlias
 from uuid import UUID
 
@@ -13,31 +14,30 @@ import typer
 from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.database import ask
-from commandbus.cli.options import AsJson, Domain, Dsn, Operator, Reason, operator_name, read_json
-from commandbus.cli.parked import (
-    Code,
-    Group,
-    OptionalReason,
-    ParkedFor,
-    Text,
-    Type,
-    chosen,
-    group_lines,
-    say_nothing,
-)
+from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, Reason, read_json, spread
+from commandbus.cli.parked import Choice, group_lines, say_nothing
 from commandbus.errors import CommandNotFoundError, CommandStateError
 from commandbus.model import BulkResult, TroubleshootingFilter
 from commandbus.troubleshooting import TroubleshootingQueue
 
 Ids: TypeAlias = Annotated[list[UUID] | None, typer.Argument(metavar="[ID...]", help="Without any: what is chosen.")]
-DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Say what would be acted on, and change nothing.")]
-Count: TypeAlias = Annotated[
-    int | None,
-    typer.Option(min=0, help="How many are chosen, as --dry-run tells; with another number nothing is done."),
-]
-Rate: TypeAlias = Annotated[float | None, typer.Option(min=0.01, help="How many a second at most.")]
 
 _TELL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """The options of all verbs beside those that choose."""
+
+    operator: Operator
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be acted on, and change nothing.")] = False
+    count: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many are chosen, as --dry-run tells; with another number nothing is done."),
+    ] = None
+    rate: Annotated[float | None, typer.Option(min=0.01, help="How many a second at most.")] = None
+    dsn: Dsn = None
+    as_json: AsJson = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,11 @@ class _Verb:
     """What to do with one command, and with many; `done` is the word for it."""
 
     done: str
-    one: Callable[[TroubleshootingQueue, UUID], Awaitable[None]]
+    one: Callable[..., Awaitable[None]]
     many: Callable[..., Awaitable[BulkResult]]
 
 
+@spread
 def retry(
     domain: Domain,
     command_ids: Ids = None,
@@ -57,97 +58,54 @@ def retry(
         str | None, typer.Option(help="New data for the command: JSON; `@file` reads a file, `-` stdin.")
     ] = None,
     patch: Annotated[str | None, typer.Option(help="A JSON merge patch of the data of all that are chosen.")] = None,
-    operator: Operator = None,
     reason: OptionalReason = None,
-    command_type: Type = None,
-    code: Code = None,
-    group: Group = None,
-    parked_for: ParkedFor = None,
-    text: Text = None,
-    dry_run: DryRun = False,
-    count: Count = None,
-    rate: Rate = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
+    choice: Choice,
+    how: How,
 ) -> int:
     """Put parked commands back in line, with a full budget of attempts."""
-    ids = command_ids or []
     value = None if data is None else _read_some("--data", data)
-    if data is not None and len(ids) != 1:
+    if data is not None and len(command_ids or ()) != 1:
         raise typer.BadParameter("new data is for one command: give one ID", param_hint="--data")
     change = None if patch is None else _read_some("--patch", patch)
-    if patch is not None and ids:
+    if patch is not None and command_ids:
         raise typer.BadParameter("goes without IDs: `edit` patches one command", param_hint="--patch")
-    name = operator_name(operator)
     verb = _Verb(
         "retried",
-        lambda queue, command_id: queue.operator_retry(domain, command_id, data=value, operator=name, reason=reason),
-        lambda queue, which, **how: queue.operator_retry_many(which, patch=change, operator=name, reason=reason, **how),
+        partial(TroubleshootingQueue.operator_retry, data=value, reason=reason),
+        partial(TroubleshootingQueue.operator_retry_many, patch=change, reason=reason),
     )
-    which = chosen(domain, command_type, code, group, parked_for, text)
-    return _act(verb, ids, which, dry_run=dry_run, count=count, rate=rate, dsn=dsn, as_json=as_json)
+    return _act(verb, command_ids, choice.of(domain), how)
 
 
-def cancel(
-    domain: Domain,
-    command_ids: Ids = None,
-    *,
-    reason: Reason,
-    operator: Operator = None,
-    command_type: Type = None,
-    code: Code = None,
-    group: Group = None,
-    parked_for: ParkedFor = None,
-    text: Text = None,
-    dry_run: DryRun = False,
-    count: Count = None,
-    rate: Rate = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> int:
+@spread
+def cancel(domain: Domain, command_ids: Ids = None, *, reason: Reason, choice: Choice, how: How) -> int:
     """Give parked commands up."""
-    name = operator_name(operator)
     verb = _Verb(
         "canceled",
-        lambda queue, command_id: queue.operator_cancel(domain, command_id, operator=name, reason=reason),
-        lambda queue, which, **how: queue.operator_cancel_many(which, operator=name, reason=reason, **how),
+        partial(TroubleshootingQueue.operator_cancel, reason=reason),
+        partial(TroubleshootingQueue.operator_cancel_many, reason=reason),
     )
-    which = chosen(domain, command_type, code, group, parked_for, text)
-    return _act(verb, command_ids or [], which, dry_run=dry_run, count=count, rate=rate, dsn=dsn, as_json=as_json)
+    return _act(verb, command_ids, choice.of(domain), how)
 
 
+@spread
 def complete(
     domain: Domain,
     command_ids: Ids = None,
     *,
     reason: Reason,
     result: Annotated[str | None, typer.Option(help="Their result: JSON; `@file` reads a file, `-` stdin.")] = None,
-    operator: Operator = None,
-    command_type: Type = None,
-    code: Code = None,
-    group: Group = None,
-    parked_for: ParkedFor = None,
-    text: Text = None,
-    dry_run: DryRun = False,
-    count: Count = None,
-    rate: Rate = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
+    choice: Choice,
+    how: How,
 ) -> int:
     """Note that the work of parked commands was done by hand."""
     value = None if result is None else read_json("--result", result)
-    name = operator_name(operator)
     verb = _Verb(
         "completed",
-        lambda queue, command_id: queue.operator_complete(
-            domain, command_id, result_data=value, operator=name, reason=reason
-        ),
-        lambda queue, which, **how: queue.operator_complete_many(
-            which, result_data=value, operator=name, reason=reason, **how
-        ),
+        partial(TroubleshootingQueue.operator_complete, result_data=value, reason=reason),
+        partial(TroubleshootingQueue.operator_complete_many, result_data=value, reason=reason),
     )
-    which = chosen(domain, command_type, code, group, parked_for, text)
-    return _act(verb, command_ids or [], which, dry_run=dry_run, count=count, rate=rate, dsn=dsn, as_json=as_json)
+    return _act(verb, command_ids, choice.of(domain), how)
 
 
 def _read_some(name: str, text: str) -> object:
@@ -157,32 +115,22 @@ def _read_some(name: str, text: str) -> object:
     return value
 
 
-def _act(
-    verb: _Verb,
-    command_ids: list[UUID],
-    which: TroubleshootingFilter,
-    *,
-    dry_run: bool,
-    count: int | None,
-    rate: float | None,
-    dsn: str | None,
-    as_json: bool,
-) -> int:
+def _act(verb: _Verb, command_ids: list[UUID] | None, which: TroubleshootingFilter, how: How) -> int:
     if command_ids:
-        if which != TroubleshootingFilter(which.domain) or dry_run or count is not None or rate is not None:
+        if which != TroubleshootingFilter(which.domain) or how.dry_run or how.count is not None or how.rate is not None:
             raise typer.BadParameter("IDs go without --dry-run, --count, --rate and the options that choose commands")
-        return _act_on_each(verb, command_ids, which.domain, dsn, as_json=as_json)
-    if dry_run:
-        return _preview(verb, which, dsn, as_json=as_json)
-    if count is None:
+        return _act_on_each(verb, command_ids, which.domain, how)
+    if how.dry_run:
+        return _preview(verb, which, how)
+    if how.count is None:
         raise typer.BadParameter(
             "is needed to act on all that is chosen: --dry-run instead of it tells the number, and changes nothing",
             param_hint="--count",
         )
-    return _act_on_many(verb, which, count, rate, dsn, as_json=as_json)
+    return _act_on_many(verb, which, how.count, how)
 
 
-def _act_on_each(verb: _Verb, command_ids: list[UUID], domain: str, dsn: str | None, *, as_json: bool) -> int:
+def _act_on_each(verb: _Verb, command_ids: list[UUID], domain: str, how: How) -> int:
     """Act on one command after the other, and tell how each went; those that cannot be acted on hold up no other."""
 
     async def work(bus: CommandBus) -> int:
@@ -190,12 +138,12 @@ def _act_on_each(verb: _Verb, command_ids: list[UUID], domain: str, dsn: str | N
         for command_id in command_ids:
             refusal = None
             try:
-                await verb.one(TroubleshootingQueue(bus), command_id)
+                await verb.one(TroubleshootingQueue(bus), domain, command_id, operator=how.operator)
             except (CommandNotFoundError, CommandStateError) as error:
                 failures += 1
                 refusal = str(error)
                 terminal.complain(refusal)
-            if as_json:
+            if how.as_json:
                 outcome = verb.done if refusal is None else "refused"
                 terminal.print_json(
                     {"domain": domain, "command_id": command_id, "outcome": outcome, "message": refusal}
@@ -204,12 +152,12 @@ def _act_on_each(verb: _Verb, command_ids: list[UUID], domain: str, dsn: str | N
                 terminal.say(f"{verb.done} {command_id}")
         return int(failures > 0)
 
-    return ask(dsn, work)
+    return ask(how.dsn, work)
 
 
-def _preview(verb: _Verb, which: TroubleshootingFilter, dsn: str | None, *, as_json: bool) -> int:
-    preview = ask(dsn, lambda bus: TroubleshootingQueue(bus).preview(which))
-    if as_json:
+def _preview(verb: _Verb, which: TroubleshootingFilter, how: How) -> int:
+    preview = ask(how.dsn, lambda bus: TroubleshootingQueue(bus).preview(which))
+    if how.as_json:
         terminal.print_json(preview)
     elif not preview.count:
         say_nothing(which)
@@ -219,9 +167,7 @@ def _preview(verb: _Verb, which: TroubleshootingFilter, dsn: str | None, *, as_j
     return 0
 
 
-def _act_on_many(
-    verb: _Verb, which: TroubleshootingFilter, count: int, rate: float | None, dsn: str | None, *, as_json: bool
-) -> int:
+def _act_on_many(verb: _Verb, which: TroubleshootingFilter, count: int, how: How) -> int:
     latest: BulkResult | None = None
     told_at = time.monotonic()
 
@@ -234,16 +180,21 @@ def _act_on_many(
 
     try:
         result = ask(
-            dsn,
+            how.dsn,
             lambda bus: verb.many(
-                TroubleshootingQueue(bus), which, expected_count=count, per_second=rate, on_progress=tell
+                TroubleshootingQueue(bus),
+                which,
+                expected_count=count,
+                per_second=how.rate,
+                operator=how.operator,
+                on_progress=tell,
             ),
         )
     except BaseException:
-        if as_json and latest is not None:
+        if how.as_json and latest is not None:
             terminal.print_json(latest)
         raise
-    if as_json:
+    if how.as_json:
         terminal.print_json(result)
     else:
         terminal.say(f"{verb.done} {result.done:,}")

@@ -32,8 +32,10 @@ FROM commandbus.worker w;
 
 -- Everything that happened to a command, in order of step. SENT, CLAIMED and the ending on the happy path stand in
 -- the command's own row and are told from it; the rest are rows of their own.
+-- NOT MATERIALIZED: what is named twice would be read whole first, all that is kept, for the trail of one
+-- command: 584 ms beside 100,000.
 CREATE OR REPLACE VIEW commandbus.audit_trail AS
-WITH command AS (
+WITH command AS NOT MATERIALIZED (
     SELECT c.domain, c.command_id, c.status, c.attempts, c.events, c.delivery, c.lease_token,
            NULL::uuid AS presented_token, c.claimed_at, c.worker, c.sent_at, c.not_before,
            NULL::timestamptz AS finished_at, NULL::jsonb AS error
@@ -42,15 +44,13 @@ WITH command AS (
     SELECT h.domain, h.command_id, h.status, h.attempts, h.events, h.delivery, h.lease_token, h.presented_token,
            h.claimed_at, h.worker, h.sent_at, h.not_before, h.finished_at, h.error
     FROM commandbus.command_history h
-), event AS (
+), event AS NOT MATERIALIZED (
     SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery,
-           e.attempt, e.worker, e.claimed_at,
-           e.lease_token, e.operator, e.reason, e.error, e.details
+           e.attempt, e.worker, e.claimed_at, e.lease_token, e.operator, e.reason, e.error, e.details
     FROM commandbus.audit_event e
     UNION ALL
     SELECT e.domain, e.command_id, e.event_no, e.event, e.occurred_at, e.from_status, e.to_status, e.delivery,
-           e.attempt, e.worker, e.claimed_at,
-           e.lease_token, e.operator, e.reason, e.error, e.details
+           e.attempt, e.worker, e.claimed_at, e.lease_token, e.operator, e.reason, e.error, e.details
     FROM commandbus.audit_history e
 )
 SELECT c.domain, c.command_id, 0 AS step, 'SENT' AS event, c.sent_at AS occurred_at, NULL::text AS from_status,

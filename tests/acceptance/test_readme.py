@@ -31,6 +31,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "tutorial.md",
+    ROOT / "docs" / "syncronous-python-design.md",
     ROOT / "docs" / "reference" / "sql-functions.md",
     *sorted(ROOT.glob("docs/how-to/*.md")),
 ]
@@ -44,7 +45,10 @@ ELSEWHERE = {
     "commandbus dev": "the fixture `dsn` stands for its database",
     "commandbus migrate --print >": "tests/sql/test_migrate.py runs what it prints",
     "psql": "it need not be installed",
+    "gunicorn": "tests/acceptance/test_examples.py runs one",
+    "curl": "as gunicorn",
 }
+WORKERS = ("commandbus worker", "python worker.py", "python manage.py runworker")
 LOOKS = ("commandbus show", "commandbus troubleshooting list")  # a newcomer looks again until it is there
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -92,8 +96,9 @@ class Newcomer:
     def _do(self, block: Block, expected: str | None) -> None:
         match block.language:
             case "python":
-                name = re.match(r"# (\w+\.py)\n", block.text)
+                name = re.match(r"# ([\w./]+\.py)\n", block.text)
                 assert name, f"line {block.line}: the first line does not name the file, as in `# payments.py`"
+                (self._folder / name[1]).parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / name[1]).write_text(block.text, "utf-8")
             case "shell":
                 commands = block.text.replace("\\\n", " ").splitlines()
@@ -112,7 +117,7 @@ class Newcomer:
         for shown, here in self._ids.items():
             command = command.replace(shown, here)
         arguments = shlex.split(command)
-        if arguments[:2] == ["commandbus", "worker"]:
+        if command.startswith(WORKERS):
             self._start_worker(arguments)
         elif command.startswith(LOOKS) and expected is not None:
             eventually(

@@ -231,7 +231,7 @@ async def execute_async(connection: psycopg.AsyncConnection[Any], call: Call[T])
 
 
 def _brings_rows(call: Call[Any]) -> bool:
-    return call.sql.startswith("SELECT")  # psycopg does not know it yet in the caller's pipeline
+    return call.sql.startswith(("SELECT", "WITH"))  # psycopg does not know it yet in the caller's pipeline
 
 
 class _SqlAlchemy:

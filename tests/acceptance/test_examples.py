@@ -28,10 +28,14 @@ from tests.support import eventually
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# Used in the master before the fork, as by an application that looks at its queue when it is imported.
+# Used in the master before the fork, as by an application that looks at its queue when it is imported; and again when
+# the processes that were forked have ended.
 USED_BEFORE_THE_FORK = """
 from app import app, bus
 bus.count()
+
+def on_exit(server):
+    server.log.info("in the master: %d sent", bus.count())
 """
 
 
@@ -73,12 +77,12 @@ class Example:
         assert re.findall(r"Traceback|\bWARNING|\bERROR|\bCRITICAL|Warning:", log.read_text()) == [], log.read_text()
 
     @contextmanager
-    def serving(self, *arguments: str) -> Iterator[int]:
-        """Run gunicorn with these arguments; gives its port."""
+    def serving(self, *arguments: str) -> Iterator[tuple[int, Path]]:
+        """Run gunicorn with these arguments; gives its port and its log."""
         with self.running("gunicorn", "--no-control-socket", "--bind", "127.0.0.1:0", *arguments) as log:
             listening = re.compile(r"(?<=Listening at: http://127\.0\.0\.1:)\d+")
             (found,) = eventually(lambda: listening.findall(log.read_text()), timeout=60, what="a web server")
-            yield int(found)
+            yield int(found), log
 
 
 def request(port: int, method: str, path: str, data: object = None) -> tuple[int, Any]:
@@ -97,7 +101,11 @@ def statuses(db: psycopg.Connection) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--preload", "app:app"], ["--preload", "used_before_the_fork:app"], ["app:app"]],
+    [
+        ["--preload", "app:app"],
+        ["--preload", "--config", "python:used_before_the_fork", "used_before_the_fork:app"],
+        ["app:app"],
+    ],
     ids=["preload", "used before the fork", "no preload"],
 )
 def test_flask_under_gunicorn(arguments: Sequence[str], dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_flask_under_gunicorn(arguments: Sequence[str], dsn: str, db: psycopg.Co
     def order(number: int) -> tuple[int, Any]:
         return request(port, "POST", "/orders", {"item": f"lamp {number}"})
 
-    with flask.serving("-w", "4", "--threads", "8", *arguments) as port:
+    with flask.serving("-w", "4", "--threads", "8", *arguments) as (port, log):
         with ThreadPoolExecutor(32) as users:
             answers = list(users.map(order, range(400)))
         assert Counter(status for status, _ in answers) == {202: 400}
@@ -118,6 +126,8 @@ def test_flask_under_gunicorn(arguments: Sequence[str], dsn: str, db: psycopg.Co
             eventually(lambda: statuses(db) == {"COMPLETED": 400}, timeout=60, what="400 shipped orders")
         completed = {"status": "COMPLETED", "result": {"shipped": "lamp 7"}}
         assert request(port, "GET", f"/orders/{answers[7][1]['command_id']}") == (200, completed)
+    used = "used_before_the_fork:app" in arguments
+    assert ("in the master: 400 sent" in log.read_text()) is used
 
 
 def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
@@ -126,7 +136,7 @@ def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
     assert django.run("python", "manage.py", "makemigrations", "--check") == "No changes detected\n"
     db.execute("insert into shop_product (name, \"left\", shipped) values ('lamp', 30, 0)")
 
-    with django.serving("-w", "2", "--threads", "4", "shop.wsgi") as port:
+    with django.serving("-w", "2", "--threads", "4", "shop.wsgi") as (port, _):
         with ThreadPoolExecutor(8) as users:
             answers = list(users.map(lambda _: request(port, "POST", "/products/lamp/orders"), range(40)))
         assert Counter(status for status, _ in answers) == {202: 30, 409: 10}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import logging
@@ -20,13 +21,35 @@ from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.pgbouncer import pgbouncer
-from tests.support import Route, eventually
+from tests.sql.mutants import MUTANTS
+from tests.support import Route, assert_sound, eventually
 
 # Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
 # which the tests of durability and of speed rest, keeps its default.
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
 _numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a run can be told."""
+    parser.addoption("--long", action="store_true", help="run the long variants of the tests that have one")
+    parser.addoption("--mutant", choices=sorted(MUTANTS), help="run against a broken variant of the SQL functions")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: runs only with --long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is long, or give it the time."""
+    if config.getoption("long"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(7200), append=False)
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,12 +77,15 @@ def server(_environment: None) -> Iterator[EmbeddedPostgres]:
 
 
 @pytest.fixture(scope="session")
-def template(server: EmbeddedPostgres) -> str:
+def template(server: EmbeddedPostgres, request: pytest.FixtureRequest) -> str:
     """The name of a migrated database that can only be cloned."""
     name = "commandbus_template"
     with _administrator(server) as admin:
         admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         migrate(server.dsn(name))
+        if mutant := request.config.getoption("mutant"):
+            with psycopg.connect(server.dsn(name)) as owner:
+                owner.execute(MUTANTS[mutant].sql().encode())
         admin.execute(
             sql.SQL("alter database {} with is_template true allow_connections false").format(sql.Identifier(name))
         )
@@ -67,17 +93,18 @@ def template(server: EmbeddedPostgres) -> str:
 
 
 @pytest.fixture
-def dsn(server: EmbeddedPostgres, template: str) -> Iterator[str]:
-    """The DSN of a migrated database of this test's own."""
-    with _administrator(server) as admin:
-        yield from _fresh_database(admin, server, template)
+def dsn(request: pytest.FixtureRequest, server: EmbeddedPostgres, template: str) -> Iterator[str]:
+    """The DSN of a migrated database of this test's own, in which `verify` finds nothing wrong after the test."""
+    with _fresh_database(server, template) as dsn:
+        yield dsn
+        assert_sound(request, dsn)
 
 
 @pytest.fixture
 def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
     """The DSN of an empty database of this test's own."""
-    with _administrator(server) as admin:
-        yield from _fresh_database(admin, server, "template0")
+    with _fresh_database(server, "template0") as dsn:
+        yield dsn
 
 
 @pytest.fixture
@@ -136,13 +163,17 @@ def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:
     return psycopg.connect(server.dsn("postgres"), autocommit=True)
 
 
-def _fresh_database(admin: psycopg.Connection, server: EmbeddedPostgres, template: str) -> Iterator[str]:
+@contextlib.contextmanager
+def _fresh_database(server: EmbeddedPostgres, template: str) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
-    admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
-    yield server.dsn(name)
-    # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
-    eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
-    admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+    with _administrator(server) as admin:
+        admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
+        try:
+            yield server.dsn(name)
+        finally:
+            # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
+            eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
+            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
 
 
 def _end_sessions(admin: psycopg.Connection, database: str) -> int:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import psycopg
 import pytest
 
 T = TypeVar("T")
@@ -18,6 +19,14 @@ direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
 """Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
 
 _POLL = 0.01  # seconds between two looks
+
+
+def nested(depth: int) -> list[Any]:
+    """So many lists, one in the other."""
+    found: list[Any] = []
+    for _ in range(depth - 1):
+        found = [found]
+    return found
 
 
 def eventually(predicate: Callable[[], T], *, timeout: float = 10.0, what: str = "the condition") -> T:
@@ -47,6 +56,14 @@ async def aeventually(
         if time.monotonic() >= deadline:
             raise _never(value, timeout, what)
         await asyncio.sleep(_POLL)
+
+
+def assert_sound(request: pytest.FixtureRequest, dsn: str) -> None:
+    """Fail if `verify` finds something in this database, unless the test or a mutant corrupts it on purpose."""
+    if request.node.get_closest_marker("corrupts") is None and not request.config.getoption("mutant"):
+        with psycopg.connect(dsn) as connection:
+            found = connection.execute("SELECT * FROM commandbus.verify_v1()").fetchall()
+        assert not found, f"verify found {len(found)}, the first: {found[:5]}"
 
 
 def _never(value: object, timeout: float, what: str) -> AssertionError:

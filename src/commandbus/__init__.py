@@ -16,6 +16,7 @@ from commandbus.errors import (
     OutcomeUnknownError,
     PartialSendError,
     PermanentCommandError,
+    PermissionDeniedError,
     SchemaError,
     SendTimeoutError,
     SyncInAsyncError,
@@ -25,6 +26,8 @@ from commandbus.errors import (
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
 from commandbus.model import (
     AuditEvent,
+    BulkPreview,
+    BulkResult,
     Command,
     CommandStatus,
     Error,
@@ -34,6 +37,11 @@ from commandbus.model import (
     Stat,
     StopReport,
     StuckHandler,
+    TroubleshootingFilter,
+    TroubleshootingGroup,
+    Violation,
+    Waiting,
+    WaitingReason,
 )
 from commandbus.policy import RetryPolicy
 from commandbus.troubleshooting import TroubleshootingQueue
@@ -41,6 +49,8 @@ from commandbus.worker import Worker
 
 __all__ = [
     "AuditEvent",
+    "BulkPreview",
+    "BulkResult",
     "BusinessRuleError",
     "ClosedError",
     "Command",
@@ -62,6 +72,7 @@ __all__ = [
     "Page",
     "PartialSendError",
     "PermanentCommandError",
+    "PermissionDeniedError",
     "Receipt",
     "RetryPolicy",
     "SchemaError",
@@ -72,7 +83,12 @@ __all__ = [
     "StuckHandler",
     "SyncInAsyncError",
     "TransientCommandError",
+    "TroubleshootingFilter",
+    "TroubleshootingGroup",
     "TroubleshootingQueue",
+    "Violation",
+    "Waiting",
+    "WaitingReason",
     "Worker",
     "WrongLoopError",
     "handler",

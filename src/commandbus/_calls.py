@@ -14,15 +14,14 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
+from commandbus._limits import MAX_BYTES, MAX_CORRELATION_ID, MAX_HEADER_BYTES, encode, text_problem
 from commandbus.errors import InvalidCommandError
-from commandbus.model import Command, CommandStatus, Json, SendRequest
+from commandbus.model import Command, CommandStatus, SendRequest
 
 T = TypeVar("T")
 Row: TypeAlias = tuple[Any, ...]
 
 MAX_DELAY = timedelta(days=3650)
-MAX_BYTES = 1 << 20
-"""Of one command or one result as JSON text, and about what one statement carries."""
 SEQUENCE_BITS = 54
 """`place >> 54` is the level of a priority, 0 for the highest of 201; the rest is the sequence number."""
 LAST_PLACE = (201 << SEQUENCE_BITS) - 1
@@ -56,7 +55,9 @@ class Outgoing:
         return f'{self.text[:-1]},"minted":true}}' if minted else self.text
 
 
-def outgoing(request: SendRequest, headers: Mapping[str, str], fresh_id: UUID) -> Outgoing:
+def outgoing(
+    request: SendRequest, headers: Mapping[str, str], fresh_id: UUID, max_data_bytes: int = MAX_BYTES
+) -> Outgoing:
     """Check a request and serialise it; raises `InvalidCommandError` that names the field.
 
     `fresh_id` is for a request without an id of its own.
@@ -65,47 +66,49 @@ def outgoing(request: SendRequest, headers: Mapping[str, str], fresh_id: UUID) -
     if own_id is not None and not isinstance(own_id, UUID):
         raise InvalidCommandError(f"command_id is {own_id!r}: it must be a uuid.UUID")
     command_id = own_id or fresh_id
-    text = encode(_row(request, headers, command_id), f"command {command_id}: data")
-    if len(text) > MAX_BYTES:
-        raise InvalidCommandError(f"command {command_id} has {len(text):,} bytes: at most {MAX_BYTES:,} can be sent")
-    return Outgoing(request.domain, command_id, own_id is None, text)
+    what = f"command {command_id}"
+    domain = _name("domain", request.domain, what)
+    command_type = _name("command_type", request.command_type, what)
+    data = encode(request.data, f"{what}: data", max_data_bytes)
+    text = (
+        f'{{"domain":"{domain}","command_type":"{command_type}","command_id":"{command_id}","data":{data}'
+        f"{_options(request, headers, what)}}}"
+    )
+    return Outgoing(domain, command_id, own_id is None, text)
 
 
-def _row(request: SendRequest, headers: Mapping[str, str], command_id: UUID) -> dict[str, Json]:
-    row: dict[str, Json] = {
-        "domain": _name("domain", request.domain, command_id),
-        "command_type": _name("command_type", request.command_type, command_id),
-        "command_id": str(command_id),
-        "data": request.data,
-    }
+def _options(request: SendRequest, headers: Mapping[str, str], what: str) -> str:
+    """Return the rest of a row, which most commands do not have."""
+    found = ""
     if headers:
-        if not all(isinstance(text, str) for pair in headers.items() for text in pair):
-            raise InvalidCommandError(f"command {command_id}: headers must map strings to strings")
-        row["headers"] = dict(headers)
+        found += f',"headers":{_headers(headers, what)}'
     if request.correlation_id is not None:
-        if not isinstance(request.correlation_id, str):
-            raise InvalidCommandError(f"command {command_id}: correlation_id is not a string")
-        row["correlation_id"] = request.correlation_id
+        found += f',"correlation_id":{_text("correlation_id", request.correlation_id, MAX_CORRELATION_ID, what)}'
     if request.reply_to is not None:
-        row["reply_to"] = _name("reply_to", request.reply_to, command_id)
+        found += f',"reply_to":"{_name("reply_to", request.reply_to, what)}"'
     if request.max_attempts is not None:
-        row["max_attempts"] = _bounded("max_attempts", request.max_attempts, 1, 1_000_000, command_id)
+        found += f',"max_attempts":{_bounded("max_attempts", request.max_attempts, 1, 1_000_000, what)}'
     if request.priority:
-        row["priority"] = _bounded("priority", request.priority, -100, 100, command_id)
+        found += f',"priority":{_bounded("priority", request.priority, -100, 100, what)}'
     if request.delay is not None:
         delay: object = request.delay
         if not isinstance(delay, timedelta) or not timedelta(0) <= delay <= MAX_DELAY:
-            raise InvalidCommandError(f"command {command_id}: delay must be a timedelta of 0 to {MAX_DELAY.days} days")
-        row["delay"] = delay.total_seconds()
-    return row
+            raise InvalidCommandError(f"{what}: delay must be a timedelta of 0 to {MAX_DELAY.days} days")
+        found += f',"delay":{delay.total_seconds()}'
+    return found
 
 
-def encode(value: Json, what: str) -> str:
-    """JSON text, of ASCII only; raises `InvalidCommandError` that says what is not JSON."""
-    try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidCommandError(f"{what} cannot be written as JSON: {error}") from None
+def _headers(headers: Mapping[str, str], what: str) -> str:
+    text = encode(dict(headers), f"{what}: headers", MAX_HEADER_BYTES)
+    if not all(isinstance(value, str) for value in headers.values()):
+        raise InvalidCommandError(f"{what}: headers must map strings to strings")
+    return text
+
+
+def _text(field: str, value: object, most: int, what: str) -> str:
+    if not isinstance(value, str) or len(value) > most:
+        raise InvalidCommandError(f"{what}: {field} must be a string of at most {most:,} characters")
+    return encode(value, f"{what}: {field}")
 
 
 def send(rows: Sequence[str], lock_timeout_ms: int | None = None) -> Call[list[str]]:
@@ -123,18 +126,17 @@ def wake(domains: Sequence[str]) -> Call[None]:
     return Call("SELECT commandbus.wake_v1(%s)", (list(domains),), lambda _: None)
 
 
-def _name(field: str, value: object, command_id: UUID) -> str:
-    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
-        raise InvalidCommandError(
-            f"command {command_id}: {field} is {value!r}: it must be 1 to 128 of letters, digits and _ . : -"
-        )
-    return value
+def _name(field: str, value: object, what: str) -> str:
+    found = _NAME.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise InvalidCommandError(f"{what}: {field} is {value!r}: it must be 1 to 128 of letters, digits and _ . : -")
+    return found[0]  # of a member of an enumeration, its value
 
 
-def _bounded(field: str, value: object, low: int, high: int, command_id: UUID) -> int:
+def _bounded(field: str, value: object, low: int, high: int, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidCommandError(f"command {command_id}: {field} is {value!r}: it must be {low} to {high:,}")
-    return value
+        raise InvalidCommandError(f"{what}: {field} is {value!r}: it must be {low} to {high:,}")
+    return int(value)
 
 
 def listen() -> Call[None]:
@@ -216,7 +218,7 @@ def claim(
 
 
 Answers: TypeAlias = dict[UUID, str]
-"""done, busy or lost, by command id."""
+"""done, busy, and lost or changed, by command id."""
 
 
 def _lease_call(name: str, domain: str, items: Sequence[str], *more: object) -> Call[Answers]:
@@ -313,8 +315,47 @@ def operator_complete(domain: str, command_id: UUID, operator: str, reason: str,
     return _act("operator_complete_v1", domain, command_id, operator, reason, result)
 
 
-def _act(name: str, *params: object) -> Call[None]:
+def _act(
+    name: str, domain: str, command_id: UUID, operator: str | None, reason: str | None, *more: str | None
+) -> Call[None]:
+    for field, text in (("operator", operator), ("reason", reason)):
+        if text is not None and (problem := text_problem(text)) is not None:
+            raise InvalidCommandError(f"command {command_id}: {field} {problem}")
+    params = (domain, command_id, operator, reason, *more)
     return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
+
+
+Parked: TypeAlias = tuple[UUID, int]
+"""A parked command as it was seen: its id, and its delivery, which is higher once it is parked anew."""
+
+
+def operator_bulk(
+    domain: str, verb: str, items: Sequence[Parked], *, operator: str, reason: str | None, value: str | None
+) -> Call[Answers]:
+    """Retry, cancel or complete these; see `operator_bulk_v1`. Returns done, changed or busy for each."""
+    text = ",".join(f'{{"command_id":"{command_id}","delivery":{delivery}}}' for command_id, delivery in items)
+    return Call(
+        "SELECT command_id, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, %s, %s)",
+        (domain, verb, f"[{text}]", operator, reason, value),
+        lambda rows: dict(rows),  # noqa: PLW0108 - `dict` alone has too many types
+    )
+
+
+# -- the list of workers ---------------------------------------------------------------------------------------------
+
+
+def announce(worker: str, domain: str, command_types: Sequence[str], concurrency: int) -> Call[None]:
+    """Say that this worker works for this domain; see `announce_v1`."""
+    return Call(
+        "SELECT commandbus.announce_v1(%s, %s, %s, %s)",
+        (worker, domain, list(command_types), concurrency),
+        lambda _: None,
+    )
+
+
+def leave(worker: str) -> Call[None]:
+    """Say that this worker has stopped."""
+    return Call("SELECT commandbus.leave_v1(%s)", (worker,), lambda _: None)
 
 
 # -- housekeeping ----------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class _BlockingPsycopg(_Psycopg):
     def execute(self, call: Call[T]) -> T:
         with translated(), psycopg.Cursor(self._blocking, row_factory=tuple_row) as cursor:
             cursor.execute(call.sql.encode(), call.params)
-            return call.read(cursor.fetchall() if _brings_rows(call) else [])
+            return call.read(cursor.fetchall() if _brings_rows(cursor, call) else [])
 
 
 async def execute_async(connection: psycopg.AsyncConnection[Any], call: Call[T]) -> T:
@@ -227,11 +227,13 @@ async def execute_async(connection: psycopg.AsyncConnection[Any], call: Call[T])
     with translated():
         async with psycopg.AsyncCursor(connection, row_factory=tuple_row) as cursor:
             await cursor.execute(call.sql.encode(), call.params)
-            return call.read(await cursor.fetchall() if _brings_rows(call) else [])
+            return call.read(await cursor.fetchall() if _brings_rows(cursor, call) else [])
 
 
-def _brings_rows(call: Call[Any]) -> bool:
-    return call.sql.startswith(("SELECT", "WITH"))  # psycopg does not know it yet in the caller's pipeline
+def _brings_rows(cursor: psycopg.Cursor[Row] | psycopg.AsyncCursor[Row], call: Call[Any]) -> bool:
+    if cursor.pgresult is None:  # in the caller's pipeline, where nothing has come back yet
+        return call.sql.startswith("SELECT")
+    return cursor.description is not None
 
 
 class _SqlAlchemy:
@@ -319,7 +321,7 @@ def _warn_of_autocommit(kind: str) -> None:
     if kind in _warned:
         return
     level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals["__name__"].startswith("commandbus."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("commandbus."):
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f"this {kind} connection is in autocommit, outside a transaction: what is sent on it is durable at once, and "

@@ -211,11 +211,11 @@ class Database:
                 await asyncio.gather(statement, return_exceptions=True)
                 raise
 
-    async def repeat(self, call: Call[T]) -> T:
+    async def repeat(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
         """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead."""
         for _ in range(self._pool.max_size):
             try:
-                return await self.run(call)
+                return await self.run(call, timeout)
             except psycopg.Error as error:
                 if not is_connection_lost(error):
                     raise

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
 
 import psycopg
 
@@ -13,10 +16,12 @@ from commandbus.errors import (
     CommandBusError,
     DatabaseUnavailableError,
     InvalidCommandError,
+    PermissionDeniedError,
     SchemaError,
 )
 
 _NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
+_NO_RIGHT = "42501"
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -57,7 +62,25 @@ def translate(error: BaseException) -> CommandBusError | None:
         return known(message)
     if sqlstate(error) in _NO_SCHEMA and "commandbus" in message:
         return SchemaError(f"{message}: run `commandbus migrate` on this database")
+    if sqlstate(error) == _NO_RIGHT and (roles := _roles_for(message)):
+        return PermissionDeniedError(f"{message}: ask the owner of the database for the role {' or '.join(roles)}")
     return None
+
+
+@cache
+def rights() -> dict[str, list[str]]:
+    """Return the roles that may use each public function and view: the list in `sql/roles.sql`."""
+    text = files("commandbus").joinpath("sql", "roles.sql").read_text("utf-8")
+    listed = re.findall(r"^ +\('(\w+)', +'([\w, ]+)'\)", text, re.MULTILINE)
+    return {name: [f"commandbus_{role}" for role in roles.split(", ")] for name, roles in listed}
+
+
+def _roles_for(message: str) -> list[str]:
+    """Return the roles that may do what PostgreSQL refuses here. Its message has another wording in each language."""
+    words = re.findall(r"\w+", message)
+    named = [roles for name, roles in rights().items() if name in words]
+    # Without a right to the schema, it does not come to the function: any of the roles has that.
+    return named[0] if named else rights()["schema_v1"] if "commandbus" in words else []
 
 
 @contextlib.contextmanager

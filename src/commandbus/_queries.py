@@ -5,14 +5,29 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import TypeAlias, cast
 from uuid import UUID
 
-from commandbus._calls import Call, Row
+from commandbus._calls import MAX_DELAY, Call, Parked, Row
 from commandbus.errors import InvalidCommandError
-from commandbus.model import AuditEvent, Command, CommandStatus, Error, Json, Page, Stat
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Error,
+    Json,
+    Page,
+    Stat,
+    TroubleshootingFilter,
+    TroubleshootingGroup,
+    Violation,
+    Waiting,
+    WaitingReason,
+)
 
 MAX_LIMIT = 1000
+_PARKED_PAGE = 5000
 
 _COLUMNS = (
     "domain, command_id, command_type, status, data::text, headers::text, correlation_id, reply_to, priority, "
@@ -54,16 +69,31 @@ def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
     )
 
 
+# One probe of an index for each domain.
+_DOMAINS = (
+    "WITH RECURSIVE d (domain) AS ("
+    "(SELECT c.domain FROM commandbus.commands c ORDER BY c.domain LIMIT 1) UNION ALL SELECT "
+    "(SELECT c.domain FROM commandbus.commands c WHERE c.domain > d.domain ORDER BY c.domain LIMIT 1) "
+    "FROM d WHERE d.domain IS NOT NULL) "
+)
+
+
+def domains() -> Call[list[str]]:
+    """Return the domains that have commands, finished ones included."""
+    return Call(
+        f"{_DOMAINS}SELECT d.domain FROM d WHERE d.domain IS NOT NULL ORDER BY d.domain",
+        (),
+        lambda rows: [str(row[0]) for row in rows],
+    )
+
+
 def find_domains(command_id: UUID) -> Call[list[str]]:
     """Return the domains that have a command of this id.
 
-    Ids are indexed by domain: one probe for each, and one for the next domain. LATERAL with LIMIT pins that plan.
+    Ids are indexed by domain: one probe for each. LATERAL with LIMIT pins that plan.
     """
     return Call(
-        "WITH RECURSIVE d (domain) AS ("
-        "(SELECT c.domain FROM commandbus.commands c ORDER BY c.domain LIMIT 1) UNION ALL SELECT "
-        "(SELECT c.domain FROM commandbus.commands c WHERE c.domain > d.domain ORDER BY c.domain LIMIT 1) "
-        "FROM d WHERE d.domain IS NOT NULL) SELECT d.domain FROM d CROSS JOIN LATERAL (SELECT FROM "
+        f"{_DOMAINS}SELECT d.domain FROM d CROSS JOIN LATERAL (SELECT FROM "
         "commandbus.commands c WHERE c.domain = d.domain AND c.command_id = %s LIMIT 1) found ORDER BY d.domain",
         (command_id,),
         lambda rows: [str(row[0]) for row in rows],
@@ -75,11 +105,15 @@ def query_commands(
     domain: str | None,
     status: CommandStatus | None,
     command_type: str | None,
+    since: timedelta | None,
     limit: int,
     cursor: str | None,
 ) -> Call[Page[Command]]:
     """Newest first within a domain, by id; ids that the library made grow with time."""
     where, params = _filter(domain, status, command_type)
+    if since is not None:
+        where.append("sent_at >= clock_timestamp() - %s")
+        params.append(since)
     if cursor is not None:
         where.append("(domain, command_id) < (%s, %s)")
         params += _read_cursor(cursor, str)
@@ -93,11 +127,9 @@ def query_commands(
     )
 
 
-def list_troubleshooting(
-    *, domain: str, command_type: str | None, limit: int, cursor: str | None
-) -> Call[Page[Command]]:
+def list_troubleshooting(which: TroubleshootingFilter, *, limit: int, cursor: str | None) -> Call[Page[Command]]:
     """Parked commands, the longest parked first."""
-    where, params = _filter(domain, None, command_type)
+    where, params = _parked(which)
     if cursor is not None:
         where.append("(parked_at, command_id) > (%s, %s)")
         params += _read_cursor(cursor, datetime.fromisoformat)
@@ -109,6 +141,67 @@ def list_troubleshooting(
         limit=limit,
         key=lambda command: [str(command.parked_at), str(command.command_id)],
     )
+
+
+def groups(which: TroubleshootingFilter) -> Call[list[TroubleshootingGroup]]:
+    """Parked commands by type and kind of failure, the largest group first."""
+    where, params = _parked(which)
+
+    def read(row: Row) -> TroubleshootingGroup:
+        fields = list(row)
+        fields[7] = tuple(row[7])
+        return TroubleshootingGroup(*fields)
+
+    grouped = (
+        "SELECT domain, command_type, coalesce(error ->> 'code', '') AS code, fingerprint, count(*) AS count, "
+        "min(parked_at) AS oldest, max(parked_at) AS newest, "
+        "(array_agg(command_id ORDER BY parked_at, command_id))[1:3] AS ids "
+        f"FROM commandbus.troubleshooting{_where(where)} GROUP BY 1, 2, 3, 4"
+    )
+    return Call(
+        f"SELECT g.*, coalesce(left(t.error ->> 'message', 300), '') FROM ({grouped}) g CROSS JOIN LATERAL ("
+        "SELECT error FROM commandbus.troubleshooting WHERE domain = g.domain AND command_id = g.ids[1] LIMIT 1) t "
+        "ORDER BY g.count DESC, g.command_type, g.code, g.fingerprint",
+        tuple(params),
+        lambda rows: [read(row) for row in rows],
+    )
+
+
+def fingerprint(domain: str, command_id: UUID) -> Call[str | None]:
+    """Return the fingerprint of a parked command, None if it is not parked."""
+    return Call(
+        "SELECT fingerprint FROM commandbus.troubleshooting WHERE domain = %s AND command_id = %s LIMIT 1",
+        (domain, command_id),
+        lambda rows: str(rows[0][0]) if rows else None,
+    )
+
+
+PageEnd: TypeAlias = tuple[datetime, UUID]
+"""Where a page of parked commands ends."""
+
+
+def parked_page(
+    which: TroubleshootingFilter, until: datetime, after: PageEnd | None
+) -> Call[tuple[list[Parked], PageEnd | None]]:
+    """A page of what was parked up to this moment, the longest parked first, and its end, None for the last page."""
+    where, params = _parked(which, until)
+    if after is not None:
+        where.append("(parked_at, command_id) > (%s, %s)")
+        params += after
+    return Call(
+        f"SELECT command_id, delivery, parked_at FROM commandbus.troubleshooting{_where(where)} "
+        f"ORDER BY parked_at, command_id LIMIT {_PARKED_PAGE}",
+        tuple(params),
+        lambda rows: (
+            [(row[0], row[1]) for row in rows],
+            (rows[-1][2], rows[-1][0]) if len(rows) == _PARKED_PAGE else None,
+        ),
+    )
+
+
+def clock() -> Call[datetime]:
+    """Return the moment that the functions use now."""
+    return Call("SELECT commandbus.clock()", (), lambda rows: cast("datetime", rows[0][0]))
 
 
 def count(domain: str | None, status: CommandStatus | None, command_type: str | None) -> Call[int]:
@@ -151,9 +244,49 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
     )
 
 
+def explain(domain: str, command_id: UUID) -> Call[Waiting | None]:
+    """Say why a command waits; None when it is finished. See `explain_v1`."""
+
+    def read(rows: list[Row]) -> Waiting | None:
+        return Waiting(WaitingReason(rows[0][0]), *rows[0][1:]) if rows else None
+
+    sql = "SELECT reason, until, ahead, worker, workers FROM commandbus.explain_v1(%s, %s)"
+    return Call(sql, (domain, command_id), read)
+
+
+def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
+    """List the workers that have announced themselves, alive or not, by the columns of the view."""
+    columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
+    where, params = _filter(domain, None, None)
+    return Call(
+        f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
+        tuple(params),
+        lambda rows: [dict(zip(columns, row, strict=True)) for row in rows],
+    )
+
+
+def now() -> Call[datetime]:
+    """The server's clock."""
+    return Call("SELECT clock_timestamp()", (), lambda rows: rows[0][0])
+
+
+def verify() -> Call[list[Violation]]:
+    """What the library cannot have written, by domain and id; see `verify_v1`."""
+    return Call(
+        "SELECT violation, domain, command_id, detail FROM commandbus.verify_v1()",
+        (),
+        lambda rows: [Violation(*row) for row in rows],
+    )
+
+
 def schema() -> Call[tuple[int | None, int | None]]:
     """The database's schema version and the oldest client it serves."""
     return Call("SELECT version, oldest_client FROM commandbus.schema_v1()", (), lambda rows: (rows[0][0], rows[0][1]))
+
+
+def max_data_bytes() -> Call[int]:
+    """How large the data of a command may be in this database."""
+    return Call("SELECT max_data_bytes FROM commandbus.limits_v1()", (), lambda rows: int(rows[0][0]))
 
 
 def _filter(
@@ -162,6 +295,28 @@ def _filter(
     given = {"domain": domain, "status": status, "command_type": command_type}
     chosen = {column: str(value) for column, value in given.items() if value is not None}
     return [f"{column} = %s" for column in chosen], list(chosen.values())
+
+
+def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tuple[list[str], list[object]]:
+    """Return the conditions of a filter; with `until`, `parked_for` counts back from there, otherwise from now."""
+    where, params = _filter(which.domain, None, which.command_type)
+    for column, value in (("error ->> 'code'", which.error_code), ("fingerprint", which.fingerprint)):
+        if value is not None:
+            where.append(f"{column} = %s")
+            params.append(value)
+    if until is not None or which.parked_for is not None:
+        where.append("parked_at <= coalesce(%s, (SELECT commandbus.clock())) - %s")
+        params += [until, _checked(which.parked_for or timedelta(0))]
+    if which.text is not None:
+        where.append("strpos(lower(concat_ws(E'\\n', error ->> 'message', data::text)), lower(%s)) > 0")
+        params.append(which.text)
+    return where, params
+
+
+def _checked(parked_for: timedelta) -> timedelta:
+    if not timedelta(0) <= parked_for <= MAX_DELAY:
+        raise InvalidCommandError(f"parked_for is {parked_for}: it must be 0 to {MAX_DELAY.days} days")
+    return parked_for
 
 
 def _where(conditions: list[str]) -> str:

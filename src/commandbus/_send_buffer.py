@@ -16,10 +16,11 @@ from itertools import islice
 from uuid import UUID
 
 from commandbus import _calls
-from commandbus._calls import MAX_BYTES, Outgoing
+from commandbus._calls import Outgoing
 from commandbus._database import CALL_SECONDS, Database, execute
 from commandbus._failures import brief, is_connection_lost, is_refusal, is_unavailable, own_copy, refusal
 from commandbus._hints import Hints
+from commandbus._limits import MAX_BYTES
 from commandbus.errors import OutcomeUnknownError, SendTimeoutError
 
 logger = logging.getLogger("commandbus.send")

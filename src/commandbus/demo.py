@@ -27,6 +27,7 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
+from commandbus import _queries
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from commandbus.model import CommandStatus
@@ -153,6 +154,7 @@ class _Demo:
             self._follow(crew, lambda status: not _sum(status, _RUNNABLE))
             crew.stop()
             self._account(_name(victim), held)
+            self._verify()
         self._run("proof.py", self.dsn, str(self.transfers))
         self.figures.balanced = True
 
@@ -226,6 +228,14 @@ class _Demo:
         for what, query in _UNEXPLAINED.items():
             if count := self._row(query)[0]:
                 raise _UnexplainedError(f"{count} {what}")
+
+    def _verify(self) -> None:
+        """Look for what the bus cannot have written."""
+        call = _queries.verify()
+        violations = call.read(self._connection.execute(call.sql.encode()).fetchall())
+        self.screen.say(f"verify: {len(violations)} violations in all that the bus has kept")
+        if violations:
+            raise _UnexplainedError(f"verify found {len(violations)} violations, the first: {violations[0]}")
 
     def _row(self, query: str, **parameters: object) -> tuple[int, ...]:
         return self._connection.execute(query.encode(), parameters).fetchone() or ()

@@ -11,6 +11,7 @@
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
     ├── DatabaseUnavailableError  no connection could be had; nothing was done
     ├── SchemaError               the database's schema does not fit this version
+    ├── PermissionDeniedError     the role that is connected may not do this
     ├── ConfigurationError        a setting, an option or a registration is wrong   CB004
     ├── WrongLoopError            the object belongs to another event loop
     ├── SyncInAsyncError          a blocking call where an event loop runs
@@ -53,7 +54,10 @@ class CommandNotFoundError(CommandBusError):
 
 
 class CommandStateError(CommandBusError):
-    """The command's status does not allow this verb; nothing was written. Read the command and decide anew."""
+    """The command's status does not allow this verb, or a filter finds another number of commands than was expected.
+
+    Nothing was written. Read the command, or look with the filter, and decide anew.
+    """
 
     sqlstate = "CB003"
 
@@ -108,6 +112,10 @@ class DatabaseUnavailableError(CommandBusError):
 
 class SchemaError(CommandBusError):
     """The database has no schema of ours, or one that does not fit this version. Run `commandbus migrate`."""
+
+
+class PermissionDeniedError(CommandBusError):
+    """The role that is connected may not do this; nothing was done. The message names the role that it needs."""
 
 
 class WrongLoopError(CommandBusError):

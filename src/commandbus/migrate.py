@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('commandbus'), hashtext('migrate'))"
 _SCHEMA = "CREATE SCHEMA IF NOT EXISTS commandbus"
+_ROLES = (
+    "INSERT INTO commandbus.setting (name, value) VALUES ('roles', 'on') "
+    "ON CONFLICT (name) DO UPDATE SET value = excluded.value;"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,12 @@ def migrations() -> tuple[Migration, ...]:
     return tuple(_read(file) for file in _sql_files("migrations"))
 
 
-def migrate(dsn: str | None = None) -> list[str]:
+def migrate(dsn: str | None = None, *, roles: bool = False) -> list[str]:
     """Bring the database to this version. Returns the names of the migrations that were applied, perhaps none.
 
-    `dsn`: default `$COMMAND_BUS_DSN`.
+    `dsn`: default `$COMMAND_BUS_DSN`. `roles`: from now on, only the roles `commandbus_sender`, `commandbus_worker`,
+    `commandbus_operator` and `commandbus_reader` may use the schema, each what is listed for it; those that the cluster
+    does not have are made, by a role that may. Later calls without it keep to that.
 
     Durable, all or nothing, when it returns. Idempotent; of two at once the second waits and finds nothing to do.
     Raises `DatabaseUnavailableError`, or `SchemaError` when the database is ahead of this version: it never goes back.
@@ -65,6 +71,8 @@ def migrate(dsn: str | None = None) -> list[str]:
         for migration in missing:
             connection.execute(migration.sql.encode())
             connection.execute(migration.record.encode())
+        if roles:
+            connection.execute(_ROLES)
         connection.execute(_code().encode())
     return [migration.name for migration in missing]
 
@@ -75,11 +83,16 @@ def pending(dsn: str | None = None) -> list[str]:
         return [migration.name for migration in _pending(connection)]
 
 
-def script(after: int = 0) -> str:
-    """Return the SQL that brings a database from version `after` to this one, for another migration tool."""
+def script(after: int = 0, *, roles: bool = False) -> str:
+    """Return the SQL that brings a database from version `after` to this one, for another migration tool.
+
+    `roles`: as for `migrate`.
+    """
     parts = [f"{_LOCK};\n{_SCHEMA};\n"]
     for migration in migrations()[after:]:
         parts += [f"-- {migration.name}\n", migration.sql, migration.record, "\n"]
+    if roles:
+        parts.append(f"{_ROLES}\n")
     return "\n".join([*parts, _code()])
 
 
@@ -100,9 +113,12 @@ def explain_mismatch(version: int | None, oldest_client: int | None) -> str | No
 
 def _connect(dsn: str | None) -> psycopg.Connection:
     try:
-        return psycopg.connect(conninfo(dsn, "commandbus migrate"))
+        connection = psycopg.connect(conninfo(dsn, "commandbus migrate"))
     except psycopg.OperationalError as error:
         raise unavailable(error) from None
+    # What somebody has put into a schema of the owner's path, such as `public`, is not called with the owner's rights.
+    connection.execute("SET search_path = pg_catalog, pg_temp")
+    return connection
 
 
 def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:
@@ -123,8 +139,8 @@ def _pending(connection: psycopg.Connection) -> tuple[Migration, ...]:
 
 def _code() -> str:
     parts = [file.read_text(encoding="utf-8") for file in _sql_files("functions")]
-    views = files("commandbus").joinpath("sql", "views.sql").read_text(encoding="utf-8")
-    return "\n".join([*parts, views, "SELECT commandbus.make_partitions_v1();\n"])
+    views, roles = (files("commandbus").joinpath("sql", name).read_text("utf-8") for name in ("views.sql", "roles.sql"))
+    return "\n".join([*parts, views, "SELECT commandbus.make_partitions_v1();\n", roles])
 
 
 def _sql_files(folder: str) -> list[Traversable]:

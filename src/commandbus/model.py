@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
@@ -13,6 +13,9 @@ Json: TypeAlias = Any
 """Anything that `json.dumps` takes: the one place where `Any` is allowed."""
 
 T = TypeVar("T")
+
+MOST_COUNTED = 10_000
+"""Where `explain_v1` stops counting what stands before a command."""
 
 
 class CommandStatus(StrEnum):
@@ -127,6 +130,66 @@ class Stat:
     oldest_sent_at: datetime
 
 
+class WaitingReason(StrEnum):
+    """Why an unfinished command is where it is."""
+
+    DELAY = "DELAY"
+    BACK_OFF = "BACK_OFF"
+    NO_WORKER = "NO_WORKER"
+    NO_WORKER_FOR_TYPE = "NO_WORKER_FOR_TYPE"
+    ALONE = "ALONE"
+    BEHIND = "BEHIND"
+    IN_PROGRESS = "IN_PROGRESS"
+    PARKED = "PARKED"
+
+
+_SENTENCES = {
+    WaitingReason.DELAY: "it is delayed until {until}",
+    WaitingReason.BACK_OFF: "an attempt failed: it is tried again at {until}",
+    WaitingReason.NO_WORKER: "no worker for its domain is alive",
+    WaitingReason.NO_WORKER_FOR_TYPE: "no living worker knows its type",
+    WaitingReason.ALONE: "it crashed twice: it waits until a worker can run it alone",
+    WaitingReason.BEHIND: "it waits in line, behind {ahead}",
+    WaitingReason.IN_PROGRESS: "{worker} runs it, under a lease until {until}",
+    WaitingReason.PARKED: "it is parked: an operator has to decide",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why an unfinished command is where it is; `str` says it in a sentence.
+
+    `until`: the end of the delay, the back-off or the lease. `ahead`: how many commands stand before it; 10,000 stands
+    for more. `worker`: who runs it. `workers`: how many living workers know its type.
+    """
+
+    reason: WaitingReason
+    until: datetime | None
+    ahead: int | None
+    worker: str | None
+    workers: int
+
+    def __str__(self) -> str:
+        more = " or more" if self.ahead == MOST_COUNTED else ""
+        sentence = _SENTENCES[self.reason].format(
+            until=f"{self.until.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}" if self.until else None,
+            ahead={0: "no other", 1: "1 other"}.get(self.ahead or 0, f"{self.ahead or 0:,}{more} others"),
+            worker=self.worker,
+        )
+        alone = self.reason in (WaitingReason.DELAY, WaitingReason.BACK_OFF) and self.workers == 0
+        return f"{sentence}; no living worker knows its type" if alone else sentence
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Something in the database that the library cannot have written. `violation` is its name, `detail` for people."""
+
+    violation: str
+    domain: str
+    command_id: UUID
+    detail: str
+
+
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """A part of a longer list. Give `next_cursor` back as `cursor` for the next part; None: this was the last."""
@@ -162,3 +225,61 @@ class StopReport:
     finished: int
     released: int
     stuck: tuple[StuckHandler, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TroubleshootingFilter:
+    """Which parked commands of a domain: those for which everything that is given holds.
+
+    `fingerprint` is that of a `TroubleshootingGroup`; `parked_for`: at least so long; `text` stands in the error's
+    message or in the data as JSON text, in upper or lower case.
+    """
+
+    domain: str
+    command_type: str | None = field(default=None, kw_only=True)
+    error_code: str | None = field(default=None, kw_only=True)
+    fingerprint: str | None = field(default=None, kw_only=True)
+    parked_for: timedelta | None = field(default=None, kw_only=True)
+    text: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TroubleshootingGroup:
+    """Parked commands of one type whose errors differ at most in ids, numbers and what stands in quotes.
+
+    `sample_ids` are up to three of them, the longest parked first; `sample_message` begins the message of the first.
+    """
+
+    domain: str
+    command_type: str
+    error_code: str
+    fingerprint: str
+    count: int
+    oldest_parked_at: datetime
+    newest_parked_at: datetime
+    sample_ids: tuple[UUID, ...]
+    sample_message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BulkPreview:
+    """What a bulk action over a filter would act on. Without any, the two times are None."""
+
+    count: int
+    oldest_parked_at: datetime | None
+    newest_parked_at: datetime | None
+    groups: tuple[TroubleshootingGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """How far a bulk action came; the four numbers add up to the count that it was given.
+
+    `changed`: left alone, for they were no longer parked, or parked anew, since the set was fixed. `busy`: locked by
+    somebody else. `remaining`: not tried, because it was stopped.
+    """
+
+    done: int
+    changed: int
+    busy: int
+    remaining: int

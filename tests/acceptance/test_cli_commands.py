@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from tests.acceptance.cli_support import HOSTILE, CommandLine, Park, at_once
 
@@ -79,7 +80,7 @@ def test_show_tells_why(cli: CommandLine, db: psycopg.Connection, park: Park) ->
         '{"sku": 8}',
     )
     found = cli.json("show", command_id)
-    assert list(found) == ["command", "audit_trail"]
+    assert list(found) == ["command", "waiting", "audit_trail"]
     assert [(e["event"], e["to_status"]) for e in found["audit_trail"]] == [
         ("SENT", "PENDING"),
         ("CLAIMED", "IN_PROGRESS"),
@@ -114,6 +115,7 @@ def test_hostile_text_is_shown_and_not_obeyed(cli: CommandLine, park: Park) -> N
     assert json.loads(shown[3])["command"]["error"]["message"] == HOSTILE
 
 
+@pytest.mark.corrupts  # such numbers are put there past `send`
 def test_numbers_that_json_cannot_write_do_not_spoil_the_document(cli: CommandLine, db: psycopg.Connection) -> None:
     command_id = cli.send("shop", "Buy")
     db.execute("update commandbus.command set data = %s", [f'{{"huge": {"9" * 400}.5, "small": 0.5}}'])
@@ -124,3 +126,19 @@ def test_numbers_that_json_cannot_write_do_not_spoil_the_document(cli: CommandLi
 
     found = json.loads(cli("show", command_id, "--json").stdout, parse_constant=fail)
     assert found["command"]["data"] == {"huge": "Infinity", "small": 0.5}
+
+
+@pytest.mark.corrupts
+def test_verify_prints_what_it_finds_and_ends_with_1(cli: CommandLine, db: psycopg.Connection) -> None:
+    sound, broken = cli.send("shop", "Buy"), cli.send("shop", "Buy")
+    assert cli("verify").stdout == "2 commands checked, 0 violations\n"
+    assert cli.json("verify") == {"commands": 2, "violations": []}
+    db.execute("update commandbus.command set attempts = 3 where command_id = %s", [broken])
+    detail = "its attempts are 3, expected 0"
+    found = cli("verify", code=1, quiet=True).stdout
+    assert found == f"wrong_attempts  shop  {broken}  {detail}\n2 commands checked, 1 violation\n"
+    assert sound not in found
+    assert cli.json("verify", code=1, quiet=True) == {
+        "commands": 2,
+        "violations": [{"violation": "wrong_attempts", "domain": "shop", "command_id": broken, "detail": detail}],
+    }

@@ -15,6 +15,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from commandbus.embedded import EmbeddedPostgres
+from commandbus.migrate import migrations
 from tests.acceptance.cli_support import CommandLine, at_once, execute, running
 from tests.support import eventually
 
@@ -23,6 +24,9 @@ EVERY_COMMAND_WITH_A_DATABASE = [
     ["migrate", "--check"],
     ["send", "shop", "Buy"],
     ["show", str(uuid.uuid4())],
+    ["list"],
+    ["stats"],
+    ["workers"],
     ["troubleshooting", "list", "shop"],
     ["troubleshooting", "retry", "shop", str(uuid.uuid4())],
     ["troubleshooting", "cancel", "shop", str(uuid.uuid4()), "--reason", "r"],
@@ -100,7 +104,7 @@ def test_without_a_right_it_says_whom_to_ask(dsn: str, db: psycopg.Connection) -
     db.execute("drop role if exists cli_guest")
     db.execute("create role cli_guest login")
     guest = CommandLine(make_conninfo(dsn, user="cli_guest"))
-    owner, ask = "; run it as the owner of the database\n", "; ask the owner of the database for the right\n"
+    owner, ask = "; run it as the owner of the database\n", ": ask the owner of the database for the role .*\n"
     said = guest("migrate", code=1).stderr
     assert re.fullmatch(rf"commandbus: permission denied for .*{owner}", said)
     for command in (["send", "shop", "Buy"], ["troubleshooting", "list", "shop"]):
@@ -143,3 +147,33 @@ def test_through_a_transaction_pooler(pooler: str, empty_dsn: str) -> None:
     not_told = execute("send", "payments", "DebitAccount", "{}", dsn=dsn)
     assert (not_told.returncode, not_told.stdout) == (4, "")
     assert "set COMMAND_BUS_TRANSACTION_POOLER=1" in not_told.stderr
+
+
+def test_migrate_print_after_a_migration_leaves_it_out(empty_dsn: str) -> None:
+    printed = execute("migrate", "--print", "--after", "1").stdout
+    first = migrations()[0]
+    with psycopg.connect(empty_dsn) as connection:
+        for statement in ("create schema commandbus", first.sql, first.record, printed):
+            connection.execute(statement.encode())
+    assert CommandLine(empty_dsn)("migrate", "--check").returncode == 0
+
+
+@pytest.mark.parametrize("printed", [False, True])
+def test_migrate_with_roles(empty_dsn: str, *, printed: bool) -> None:
+    cli = CommandLine(empty_dsn)
+    if printed:
+        with psycopg.connect(empty_dsn) as connection:
+            connection.execute(execute("migrate", "--print", "--roles").stdout.encode())
+    else:
+        assert cli("migrate", "--roles").stdout.endswith("\nfrom now on only members of its roles may use it\n")
+    assert cli.json("migrate", "--roles") == {"applied": []}
+    with psycopg.connect(empty_dsn) as connection:
+        connection.execute("set role commandbus_sender")
+        connection.execute("select commandbus.wake_v1('{shop}')")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("select from commandbus.commands")
+
+
+@pytest.mark.parametrize("options", [["--check", "--roles"], ["--check", "--print"], ["--after", "1"]], ids=" ".join)
+def test_options_of_migrate_that_do_not_go_together(options: list[str]) -> None:
+    assert execute("migrate", *options, dsn="postgresql://localhost:1/shop").returncode == 2

@@ -162,7 +162,8 @@ def test_neither_password_nor_payload_reach_the_log(cli: CommandLine, shop: Path
         assert process.wait(30) == 0
     assert all(command_id in log_of(shop) for command_id in ids[1:])
     assert "canary" not in log_of(shop)
-    result = cli("send", "shop", "Buy", '{"canary": "\\u0000"}', code=2)
+    result = cli("send", "shop", "Buy", '{"note": "canary\\u0000"}', code=2)
+    assert "data.note has a NUL character" in result.stderr
     assert "canary" not in result.stderr
 
 

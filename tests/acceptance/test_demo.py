@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import runpy
@@ -19,7 +20,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from commandbus import CommandBus, CommandStatus, HandlerRegistry, Worker
+from commandbus import CommandBus, CommandStatus, HandlerRegistry, Worker, demo
 from commandbus.demo import example
 from commandbus.embedded import EmbeddedPostgres
 from tests.acceptance.embedded_support import needs_proc
@@ -253,6 +254,21 @@ def test_what_the_operator_cannot_explain_fails_the_demo(tmp_path: Path, mark: C
     assert "repair.py: nobody knows what was meant by " in demo.stderr
     assert "FAILED: repair.py ended with 1" in demo.stderr
     assert mark() == []
+
+
+@pytest.mark.corrupts
+def test_a_violation_is_said_and_fails_the_demo(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
+    said = io.StringIO()
+    play = demo._Demo(dsn, tmp_path, tmp_path / "log", demo._Screen(said), demo._Figures())
+    play._connection = db
+    db.execute("""select commandbus.send_v1('[{"domain": "ledger", "command_type": "Transfer"}]')""")
+    play._verify()
+    db.execute("update commandbus.command set crashes = 1")
+    with pytest.raises(demo._UnexplainedError, match=r"verify found 1 violations, the first: .*wrong_crashes"):
+        play._verify()
+    assert [line.split("  ")[-1] for line in said.getvalue().splitlines()] == [
+        f"verify: {count} violations in all that the bus has kept" for count in (0, 1)
+    ]
 
 
 @needs_proc

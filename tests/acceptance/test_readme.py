@@ -23,6 +23,7 @@ import typer.core
 import typer.main
 
 from commandbus import errors
+from commandbus._failures import rights
 from commandbus.cli import app
 from tests.support import eventually
 
@@ -47,8 +48,9 @@ ELSEWHERE = {
     "psql": "it need not be installed",
     "gunicorn": "tests/acceptance/test_examples.py runs one",
     "curl": "as gunicorn",
+    "commandbus doctor": "it finds that the server of the tests runs without fsync",
 }
-WORKERS = ("commandbus worker", "python worker.py", "python manage.py runworker")
+WORKERS = ("commandbus worker ", "python worker.py", "python manage.py runworker")
 LOOKS = ("commandbus show", "commandbus troubleshooting list")  # a newcomer looks again until it is there
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -306,7 +308,7 @@ def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> Non
     for view, text in re.findall(r"^## `commandbus\.(\w+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL):
         cells = "".join(re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE))
         described[view] = set(re.findall(r"`(\w+)`", cells))
-    described["troubleshooting"] = described["commands"]  # as the page says
+    described["troubleshooting"] |= described["commands"]  # as the page says
     rows = db.execute(
         "select table_name, array_agg(column_name::text) from information_schema.columns "
         "join information_schema.views using (table_schema, table_name) "
@@ -327,6 +329,25 @@ def test_the_reference_of_sql_functions_names_their_parameters(db: psycopg.Conne
         names, types = row[0] or [], row[1] or []
         expected = [f"{given.removeprefix('p_')} {kind}" for given, kind in zip(names, types, strict=True)]
         assert parameters.split(", ") == expected if parameters else not expected
+
+
+def test_the_reference_of_roles_is_the_list_of_rights() -> None:
+    page = (ROOT / "docs" / "reference" / "roles.md").read_text("utf-8")
+    kinds = ("sender", "worker", "operator", "reader")
+    assert f"| | {' | '.join(kinds)} |" in page
+    described = {
+        name: [f"commandbus_{kind}" for kind, cell in zip(kinds, cells.split("|"), strict=True) if cell.strip()]
+        for name, cells in re.findall(r"^\| `(\w+)` \|((?:(?: yes)? \|){3}(?: yes)?) \|$", page, re.MULTILINE)
+    }
+    assert described == rights()
+
+
+def test_the_reference_of_sql_functions_names_each_violation() -> None:
+    page = (ROOT / "docs" / "reference" / "sql-functions.md").read_text("utf-8")
+    first_cells = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| [A-Z]", page, re.MULTILINE)
+    named = {name for cell in first_cells for name in re.findall(r"\w+", cell) if "_" in name}
+    checker = (SQL / "functions" / "verify.sql").read_text("utf-8")
+    assert named == set(re.findall(r"(?:\(|SELECT )'([a-z]+_[a-z_]+)', ", checker))
 
 
 def test_the_reference_of_the_command_line_names_each_option() -> None:

@@ -37,6 +37,12 @@ def ids(db: Connection) -> list[UUID]:
     return [row[0] for row in rows(db, "SELECT command_id FROM commandbus.commands")]
 
 
+def poisonous(db: Connection) -> str:
+    """Data that a bus which is open already takes, and the database refuses: its owner has lowered the limit."""
+    db.execute("UPDATE commandbus.setting SET value = '1024' WHERE name = 'max_data_bytes'")
+    return "x" * 1024
+
+
 def terminate(db: Connection, query: str) -> list[int]:
     """End the backends of this database whose last statement contains this; returns their process ids."""
     found = db.execute(

@@ -18,7 +18,7 @@ from commandbus import (
 )
 from commandbus._calls import Call
 from commandbus._database import Database
-from tests.bus.support import DOMAIN, Connection, ids, one
+from tests.bus.support import DOMAIN, Connection, ids, one, poisonous
 
 TRANSACTIONS = "SELECT count(DISTINCT xmin::text) FROM commandbus.command"
 
@@ -38,7 +38,7 @@ async def test_a_large_batch_is_sent_in_chunks(bus: CommandBus, db: Connection) 
 
 
 async def test_large_data_makes_smaller_chunks(bus: CommandBus, db: Connection) -> None:
-    await bus.send_batch([SendRequest(DOMAIN, "Debit", "x" * 600_000) for _ in range(5)])
+    await bus.send_batch([SendRequest(DOMAIN, "Debit", "x" * 240_000) for _ in range(12)])
     assert one(db, TRANSACTIONS) == 3
 
 
@@ -54,8 +54,9 @@ async def test_all_are_checked_before_the_first_is_sent(bus: CommandBus, db: Con
 
 
 async def test_a_refusal_in_a_later_chunk_leaves_the_earlier_ones(bus: CommandBus, db: Connection) -> None:
+    poison = poisonous(db)
     with pytest.raises(PartialSendError, match="1000 of 2500") as caught:
-        await bus.send_batch(requests(2500, at_1700="\0"))
+        await bus.send_batch(requests(2500, at_1700=poison))
     receipts = caught.value.receipts
     assert len(receipts) == 1000
     assert sorted(ids(db)) == sorted(receipt.command_id for receipt in receipts)
@@ -63,8 +64,9 @@ async def test_a_refusal_in_a_later_chunk_leaves_the_earlier_ones(bus: CommandBu
 
 
 async def test_a_refusal_in_the_first_chunk_sends_nothing(bus: CommandBus, db: Connection) -> None:
+    poison = poisonous(db)
     with pytest.raises(InvalidCommandError):
-        await bus.send_batch(requests(1500, at_3="\0"))
+        await bus.send_batch(requests(1500, at_3=poison))
     assert ids(db) == []
 
 

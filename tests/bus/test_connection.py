@@ -19,7 +19,7 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
 )
-from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, until
+from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, poisonous, until
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
@@ -122,9 +122,12 @@ async def test_a_conflict_leaves_the_transaction_usable(bus: CommandBus, db: Con
     assert ids(db) == [own]
 
 
-async def test_data_that_postgresql_refuses_is_an_invalid_command(bus: CommandBus, caller: Caller) -> None:
-    with pytest.raises(InvalidCommandError):
-        await bus.send(DOMAIN, "Debit", "\0", connection=caller.connection)
+async def test_data_that_postgresql_refuses_is_an_invalid_command(
+    bus: CommandBus, db: Connection, caller: Caller
+) -> None:
+    poison = poisonous(db)
+    with pytest.raises(InvalidCommandError, match="max_data_bytes"):
+        await bus.send(DOMAIN, "Debit", poison, connection=caller.connection)
 
 
 async def test_a_batch_is_part_of_the_transaction(bus: CommandBus, db: Connection, caller: Caller) -> None:

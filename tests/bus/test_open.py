@@ -30,6 +30,7 @@ USES: dict[str, Callable[[CommandBus], Awaitable[Any]]] = {
     "get_command": lambda bus: bus.get_command(DOMAIN, uuid4()),
     "query_commands": lambda bus: bus.query_commands(),
     "get_audit_trail": lambda bus: bus.get_audit_trail(DOMAIN, uuid4()),
+    "explain": lambda bus: bus.explain(DOMAIN, uuid4()),
     "count": lambda bus: bus.count(),
     "stats": lambda bus: bus.stats(),
     "cancel": lambda bus: bus.cancel(DOMAIN, uuid4()),
@@ -105,6 +106,7 @@ async def test_a_newer_schema_that_fits_is_used(route: Route, db: Connection) ->
     assert len(ids(db)) == 1
 
 
+@pytest.mark.corrupts
 async def test_a_schema_that_vanishes_names_the_command(bus: CommandBus, db: Connection) -> None:
     db.execute("DROP SCHEMA commandbus CASCADE")
     for use in (USES["send"], USES["count"], USES["cancel"]):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
 from commandbus import (
@@ -18,8 +19,11 @@ from commandbus import (
     InvalidCommandError,
     SendRequest,
     Stat,
+    Violation,
+    Waiting,
+    WaitingReason,
 )
-from tests.bus.support import DOMAIN, Connection, bring, complete, expire, fail, lease, rows
+from tests.bus.support import DOMAIN, Connect, Connection, bring, complete, expire, fail, lease, rows
 
 
 async def all_pages(bus: CommandBus, limit: int, **filters: Any) -> list[list[Command]]:
@@ -61,6 +65,26 @@ async def test_pages_hold_what_is_finished_and_every_domain(bus: CommandBus, db:
     found = [command for page in await all_pages(bus, 2) for command in page]
     assert len(found) == len({command.command_id for command in found}) == 7
     assert [command.domain for command in found] == ["shipping"] * 3 + [DOMAIN] * 4
+
+
+async def test_since_leaves_out_what_is_older(bus: CommandBus, db: Connection) -> None:
+    old, young = [await bus.send(DOMAIN, "Debit", n) for n in range(2)]
+    db.execute("UPDATE commandbus.command SET sent_at = sent_at - interval '2 h' WHERE data = '0'")
+    page = await bus.query_commands(since=timedelta(hours=1))
+    assert [command.command_id for command in page] == [young.command_id]
+    pages = await all_pages(bus, 1, since=timedelta(hours=3))
+    assert [command.command_id for page in pages for command in page] == [young.command_id, old.command_id]
+
+
+async def test_why_a_command_waits(bus: CommandBus, db: Connection) -> None:
+    receipt = await bus.send(DOMAIN, "Debit", {}, delay=timedelta(hours=1))
+    due = (await bus.get_command(receipt)).due_at
+    assert await bus.explain(receipt) == Waiting(WaitingReason.DELAY, due, None, None, 0)
+    assert await bus.explain(DOMAIN, receipt.command_id) == await bus.explain(receipt)
+    await bus.cancel(receipt)
+    assert await bus.explain(receipt) is None
+    with pytest.raises(CommandNotFoundError, match=str(receipt.command_id)):
+        await bus.explain("shipping", receipt.command_id)
 
 
 async def test_filters_narrow_it(bus: CommandBus, db: Connection) -> None:
@@ -180,3 +204,24 @@ async def test_reading_outlives_its_connections(bus: CommandBus, db: Connection)
         )
         assert killed
         assert (await bus.get_command(receipt)).data == 1
+
+
+@pytest.mark.corrupts
+async def test_verify_names_what_cannot_be(bus: CommandBus, db: Connection) -> None:
+    first, second = [await bus.send(DOMAIN, "Debit", {}) for _ in range(2)]
+    assert await bus.verify() == []
+    db.execute("UPDATE commandbus.command SET crashes = 1 WHERE command_id = %s", [second.command_id])
+    db.execute("UPDATE commandbus.command SET attempts = 2 WHERE command_id = %s", [first.command_id])
+    assert await bus.verify() == [
+        Violation("wrong_attempts", DOMAIN, first.command_id, "its attempts are 2, expected 0"),
+        Violation("wrong_crashes", DOMAIN, second.command_id, "its crashes are 1, expected 0"),
+    ]
+
+
+async def test_verify_has_a_deadline_of_its_own(bus: CommandBus, connect: Connect) -> None:
+    blocker = connect()
+    blocker.execute("LOCK TABLE commandbus.command_history")
+    with pytest.raises(psycopg.OperationalError):
+        await bus.verify(timeout=timedelta(milliseconds=50))
+    blocker.rollback()
+    assert await bus.verify() == []

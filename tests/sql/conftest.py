@@ -10,12 +10,9 @@ import pytest
 from psycopg.sql import SQL, Identifier
 
 from commandbus.embedded import EmbeddedPostgres
-from tests.support import eventually
+from tests.sql.support import empty
+from tests.support import assert_sound, eventually
 
-_EMPTY = "".join(
-    f"DELETE FROM commandbus.{table};"
-    for table in ("command", "audit_event", "command_history", "audit_history", "claim_mark", "worker")
-)
 _OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
              WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'"""
 
@@ -31,10 +28,17 @@ def module_dsn(server: EmbeddedPostgres, template: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def emptied_dsn(module_dsn: str) -> Iterator[str]:
-    """The same, without commands again after the test. A module takes it by calling it `dsn`."""
+def emptied_dsn(request: pytest.FixtureRequest, module_dsn: str) -> Iterator[str]:
+    """The same, verified and without commands again after the test. A module takes it by calling it `dsn`."""
     yield module_dsn
+    try:
+        assert_sound(request, module_dsn)
+    finally:
+        _empty(module_dsn)
+
+
+def _empty(module_dsn: str) -> None:
     with psycopg.connect(module_dsn, autocommit=True) as connection:
         eventually(lambda: connection.execute(_OTHERS).rowcount == 0, what="the end of the test's sessions")
-        connection.execute(_EMPTY)
+        empty(connection)
         connection.execute("UPDATE commandbus.setting SET value = 'off' WHERE name = 'test_clock'")

@@ -223,6 +223,16 @@ def test_operator_retry_gives_a_full_budget(db: Connection, edited: str | None) 
     assert (leased["delivery"], leased["crashes"], leased["data"]) == (4, 0, f'{{"n": {data["n"]}}}')
 
 
+def test_operator_retry_gives_all_attempts_again(db: Connection) -> None:
+    (command_id,) = send_ids(db, max_attempts=2)
+    for expected in ("SCHEDULED", PARKED, "SCHEDULED", PARKED):
+        assert outcome(db, "fail TRANSIENT", item(claim(db)[0], retry_in=0)) == "done"
+        assert status_of(db, command_id) == expected
+        if expected == PARKED:
+            assert operator_verb(db, "operator_retry", command_id) == "ok"
+            assert column(db, "attempts", command_id) == 0
+
+
 @pytest.mark.parametrize(
     ("verb", "event", "status", "result", "error"),
     [

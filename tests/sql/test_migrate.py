@@ -6,6 +6,7 @@ from threading import Event
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from commandbus.errors import ConfigurationError, SchemaError
 from commandbus.migrate import explain_mismatch, migrate, migrations, pending, script
@@ -19,9 +20,11 @@ from tests.sql.support import (
     complete_all,
     everything,
     one,
+    operator_verb,
     outcome,
     rows,
     send_ids,
+    sqlstate,
 )
 
 NAMES = [migration.name for migration in migrations()]
@@ -190,3 +193,27 @@ def test_a_session_that_is_open_while_migrating_goes_on(dsn: str, connect: Conne
         assert outcome(session, "complete", lease) == "done"
         migrate(dsn)
         session.execute("ALTER TABLE commandbus.command ADD COLUMN IF NOT EXISTS later integer")
+
+
+def test_an_open_migration_holds_no_command_up(dsn: str, db: Connection) -> None:
+    ids = send_ids(db, 2)
+    with psycopg.connect(dsn) as migrating:
+        migrating.execute(script(after=len(NAMES), roles=True).encode())
+        db.execute("SET lock_timeout = '1ms'")
+        assert sorted(complete_all(db, claim(db))) == sorted(ids)
+        assert operator_verb(db, "cancel", *send_ids(db)) == "ok"
+        assert sqlstate(lambda: rows(db, "SELECT FROM commandbus.commands")) == "55P03"  # but readers of views wait
+        migrating.rollback()
+
+
+def test_a_migration_calls_nothing_that_lies_in_the_path_of_its_owner(empty_dsn: str) -> None:
+    """What anybody may have put into `public` would run with the rights of the owner."""
+    with psycopg.connect(empty_dsn) as connection:
+        connection.execute(
+            "CREATE FUNCTION public.hashtext(text) RETURNS integer LANGUAGE plpgsql AS $$ BEGIN RAISE 'trapped'; END $$"
+        )
+        path = SQL("ALTER DATABASE {} SET search_path = public, pg_catalog")
+        connection.execute(path.format(Identifier(connection.info.dbname)))
+    with psycopg.connect(empty_dsn) as connection, pytest.raises(psycopg.errors.RaiseException, match="trapped"):
+        connection.execute("SELECT hashtext('a')")
+    assert migrate(empty_dsn) == NAMES

@@ -15,6 +15,7 @@ from tests.sql.support import (
     Connect,
     Connection,
     Row,
+    bulk,
     claim,
     item,
     lease_verb,
@@ -31,6 +32,8 @@ from tests.sql.support import (
 from tests.support import eventually
 
 WEEK = 7 * 86_400.0
+
+pytestmark = pytest.mark.corrupts  # the tables are stuffed, no command has lived
 
 # ------------------------------------------------------------------------------------------ the tables
 
@@ -117,6 +120,7 @@ MUST: dict[str, set[str]] = {
     "cancel": {KEY},
     "operator_retry": {KEY},
     "operator_complete": {KEY, "audit_event_pkey"},
+    "operator_bulk": {KEY, "audit_event_pkey"},
 }
 
 NONE: dict[str, set[str]] = {verb: set() for verb in MUST}
@@ -141,11 +145,12 @@ def verbs(db: Connection) -> dict[str, Callable[[], object]]:
         calls[verb] = lambda verb=verb, some=some: lease_verb(db, verb, *some)  # type: ignore[misc]
         if verb == "complete":
             calls["complete again"] = lambda some=some: lease_verb(db, "complete", *some)  # type: ignore[misc]
-    parked = [item(row) for row in claim(db, 2)]
+    parked = [item(row) for row in claim(db, 4)]
     lease_verb(db, "fail PERMANENT", *parked)
     calls["cancel"] = lambda: operator_verb(db, "cancel", leases[-1]["command_id"])
     calls["operator_retry"] = lambda: operator_verb(db, "operator_retry", parked[0]["command_id"])
     calls["operator_complete"] = lambda: operator_verb(db, "operator_complete", parked[1]["command_id"])
+    calls["operator_bulk"] = lambda: bulk(db, "complete", *parked[2:])
     return calls
 
 
@@ -160,7 +165,20 @@ def test_plans_do_not_depend_on_statistics(db: Connection, connect: Connect, tab
     for verb in ("claim", *LEASE_VERBS):
         assert tid_scans(found[verb]) >= 1, verb
     most = {verb: buffers(plans) for verb, plans in found.items()}
-    assert {verb: pages for verb, pages in most.items() if pages > 1000} == {}
+    assert {verb: pages for verb, pages in most.items() if pages > 1200} == {}  # a new session reads 900 of the catalog
+
+
+@pytest.mark.parametrize("tables", TABLES)
+def test_what_stands_before_a_command_is_counted_in_the_queue_alone(
+    db: Connection, connect: Connect, tables: str
+) -> None:
+    TABLES[tables](db)
+    (command_id,) = send_ids(db, command_type="B")
+    asker = connect(autocommit=True)
+    asker.execute("SELECT commandbus.announce_v1('w', 'd', '{A,B}', 1)")
+    plans = plans_of(asker, lambda: asker.execute("SELECT FROM commandbus.explain_v1('d', %s)", [command_id]))
+    assert faults(plans) == set()
+    assert {QUEUE, KEY} <= indexes(plans)
 
 
 def test_plans_that_a_session_made_while_the_tables_were_empty(db: Connection, connect: Connect) -> None:

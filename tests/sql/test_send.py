@@ -56,7 +56,7 @@ def send_own(db: Connection, command_id: str = OWN, **more: object) -> str:
 
 SECOND: list[tuple[Row, str]] = [
     ({}, "duplicate"),
-    ({"headers": {"a": 1}, "priority": 5, "delay": 7, "correlation_id": "c", "reply_to": "r"}, "duplicate"),
+    ({"headers": {"a": "1"}, "priority": 5, "delay": 7, "correlation_id": "c", "reply_to": "r"}, "duplicate"),
     ({"data": {"n": 2}}, "conflict"),
     ({"command_type": "B"}, "conflict"),
     ({"domain": "e"}, "accepted"),
@@ -188,7 +188,9 @@ LONG = "x" * 129
 WRONG: list[tuple[str, list[object]]] = [
     ("domain", [None, "", "a b", "a\n", "ü", LONG]),
     ("command_type", [None, "", "a b", "a\n", "ü", LONG]),
-    ("headers", [[], "x", 1]),
+    ("headers", [[], "x", 1, {"a": 1}, {"a": None}, {"a": ["b"]}, {"a": {"b": "c"}}]),
+    ("correlation_id", ["x" * 257]),
+    ("reply_to", ["", "a b", LONG]),
     ("priority", [101, -101]),
     ("max_attempts", [0, -1, 1_000_001]),
     ("delay", [-1, 315_360_001, 1e300]),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commandbus._failures import brief, is_connection_lost, printable
+from commandbus._failures import _roles_for, brief, is_connection_lost, printable, rights
 
 
 @given(st.text())
@@ -40,3 +40,16 @@ def test_an_error_is_one_line_without_details() -> None:
 )
 def test_a_connection_that_is_lost_is_known(error: psycopg.Error, lost: bool) -> None:  # noqa: FBT001 - an example
     assert is_connection_lost(error) == lost
+
+
+@pytest.mark.parametrize(
+    ("said", "roles"),
+    [
+        ("permission denied for function send_v1", ["commandbus_sender"]),
+        ("keine Berechtigung für Sicht stats", ["commandbus_operator", "commandbus_reader"]),
+        ("permission denied for schema commandbus", rights()["schema_v1"]),
+        ("permission denied for table account", []),
+    ],
+)
+def test_a_refusal_names_the_roles_that_may_in_whatever_language(said: str, roles: list[str]) -> None:
+    assert _roles_for(said) == roles

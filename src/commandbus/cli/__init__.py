@@ -39,14 +39,17 @@ def main() -> int:
         hint = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
         code, message = USAGE, f"{error.format_message().rstrip('.')}{hint}"
     except CommandBusError as error:
-        code, message = _code(error), str(error)
+        code, message = _code(error), _with_notes(str(error), error)
     except psycopg.Error as error:
         # Not str(error): what stands below its first line may quote a payload.
-        code, message = _code(error), error.diag.message_primary or type(error).__name__
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
-            message += "; ask the owner of the database for the right"
+        code, message = _code(error), _with_notes(error.diag.message_primary or type(error).__name__, error)
     terminal.complain(message)
     return code
+
+
+def _with_notes(message: str, error: Exception) -> str:
+    """Add what the library knows beside the error, such as how far an action on many commands came."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
 
 
 def _code(error: Exception) -> int:

@@ -9,14 +9,15 @@ from typing import Annotated, cast
 
 import typer
 
-from commandbus.cli import commands, parked, processes, terminal
+from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 """What typer raises for arguments that it cannot use; the class has no public name there."""
 
 _EXIT_CODES = """\
-Exit codes: 0 done. 1 it failed, and says why: not found, a conflict, the wrong status. 2 wrong usage.
+Exit codes: 0 done. 1 it failed, and says why: not found, a conflict, the wrong status, a check of the doctor's.
+2 wrong usage.
 3 the database cannot be reached, or its schema is missing or does not fit. 4 the configuration: no DSN, a missing
 extra, no PostgreSQL to start. 130 interrupted."""
 
@@ -29,7 +30,7 @@ _app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _troubleshooting = typer.Typer(
-    help="The commands that wait for a person, and the three things to do with one.", epilog=_EXIT_CODES
+    help="The commands that wait for a person, and the three things to do with one, or with many.", epilog=_EXIT_CODES
 )
 _app.add_typer(_troubleshooting, name="troubleshooting")
 
@@ -38,15 +39,27 @@ _top: tuple[Callable[..., object], ...] = (
     processes.worker,
     commands.send,
     commands.show,
+    desk.stats,
+    desk.workers,
+    doctor.doctor,
+    verify.verify,
     processes.demo,
     processes.dev,
 )
-_below: tuple[Callable[..., object], ...] = (parked.retry, parked.cancel, parked.complete)
+_below: dict[str, Callable[..., object]] = {
+    "list": parked.list_parked,
+    "groups": parked.groups,
+    "show": parked.show_parked,
+    "edit": parked.edit,
+    "retry": verbs.retry,
+    "cancel": verbs.cancel,
+    "complete": verbs.complete,
+}
 for _subcommand in _top:
     _app.command(epilog=_EXIT_CODES)(_subcommand)
-_troubleshooting.command("list", epilog=_EXIT_CODES)(parked.list_parked)
-for _subcommand in _below:
-    _troubleshooting.command(epilog=_EXIT_CODES)(_subcommand)
+_app.command("list", epilog=_EXIT_CODES)(desk.list_commands)
+for _name, _subcommand in _below.items():
+    _troubleshooting.command(_name, epilog=_EXIT_CODES)(_subcommand)
 
 
 def run() -> int:

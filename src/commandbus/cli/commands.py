@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from uuid import UUID
 
 import typer
@@ -13,7 +13,7 @@ from commandbus.cli import terminal
 from commandbus.cli.database import ask
 from commandbus.cli.options import AsJson, Domain, Dsn, duration, read_json
 from commandbus.errors import CommandIdConflictError, CommandNotFoundError
-from commandbus.model import AuditEvent, Command, Json
+from commandbus.model import AuditEvent, Command, Json, Waiting
 
 
 def send(
@@ -68,18 +68,31 @@ def show(
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a command and everything that happened to it."""
+    """Show a command, why it waits, and everything that happened to it: each attempt, with its error."""
+    story = ask(dsn, lambda bus: read_story(bus, command_id, domain))
+    terminal.print_json(story._asdict()) if as_json else print_story(story)
 
-    async def read(bus: CommandBus) -> tuple[Command, list[AuditEvent]]:
-        where = domain or await _find_domain(bus, command_id)
-        return await bus.get_command(where, command_id), await bus.get_audit_trail(where, command_id)
 
-    command, events = ask(dsn, read)
-    if as_json:
-        terminal.print_json({"command": command, "audit_trail": events})
-        return
+class Story(NamedTuple):
+    """All there is to tell of a command."""
+
+    command: Command
+    waiting: Waiting | None
+    audit_trail: list[AuditEvent]
+
+
+async def read_story(bus: CommandBus, command_id: UUID, domain: str | None) -> Story:
+    """Read a command, by default from the domain that has it."""
+    where = domain or await _find_domain(bus, command_id)
+    command = await bus.get_command(where, command_id)
+    return Story(command, await bus.explain(where, command_id), await bus.get_audit_trail(where, command_id))
+
+
+def print_story(story: Story) -> None:
+    """Print a command, why it waits, all there is to know of its error, and what happened to it."""
+    command, waiting, events = story
     texts = {name: terminal.json_cell(getattr(command, name)) for name in ("data", "headers", "result")}
-    terminal.print_record(terminal.fields(command) | texts)
+    terminal.print_record(terminal.fields(command) | texts | {"waiting": waiting})
     if command.error and command.error.details is not None:
         _print_details(command.error.details)
     terminal.print_entries("audit trail", map(_lines, events))

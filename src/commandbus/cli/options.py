@@ -10,7 +10,6 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, TypeAlias
-from uuid import UUID
 
 import typer
 
@@ -41,7 +40,6 @@ def _possible_domain(value: str) -> str:
 
 
 Domain: TypeAlias = Annotated[str, typer.Argument(metavar="DOMAIN", callback=_possible_domain)]
-Ids: TypeAlias = Annotated[list[UUID], typer.Argument(metavar="ID...")]
 Operator: TypeAlias = Annotated[
     str | None, typer.Option(help="Who acts; the audit trail keeps it. Default: your name on this machine.")
 ]
@@ -57,11 +55,15 @@ def read_json(name: str, text: str) -> Json:
             text = sys.stdin.read()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except OSError as error:
         raise typer.BadParameter(f"cannot be read: {error.strerror}", param_hint=name) from None
     except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"is not JSON: {error}", param_hint=name) from None
+
+
+def _refuse(constant: str) -> Json:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def duration(name: str, text: str) -> timedelta:

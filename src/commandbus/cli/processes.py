@@ -48,33 +48,38 @@ def migrate(
     *,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; 1 if there is something to apply.")] = False,
     print_: Annotated[bool, typer.Option("--print", help="Print the SQL for an empty database; needs none.")] = False,
+    after: Annotated[
+        int, typer.Option(metavar="N", min=0, help="With --print: for a database that is at migration N.")
+    ] = 0,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="From now on, let only the roles of commandbus use it; make them.")
+    ] = False,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> int:
     """Bring the database's schema to this version."""
-    if check and print_:
-        raise typer.BadParameter("choose one of --check and --print")
+    if check and (print_ or roles):
+        raise typer.BadParameter("--check changes nothing: it goes neither with --print nor with --roles")
+    if after and not print_:
+        raise typer.BadParameter("--after goes with --print: the database itself says where it is")
     if print_:
-        _print_script(as_json=as_json)
+        text = migrations.script(after, roles=roles)
+        terminal.print_json({"sql": text}) if as_json else typer.echo(text)
         return 0
     try:
-        names = migrations.pending(dsn) if check else migrations.migrate(dsn)
+        names = migrations.pending(dsn) if check else migrations.migrate(dsn, roles=roles)
     except psycopg.errors.InsufficientPrivilege as error:
-        raise CommandBusError(f"{error.diag.message_primary}; run it as the owner of the database") from None
+        who = "the owner of the database" + (", with CREATEROLE" if roles else "")
+        raise CommandBusError(f"{error.diag.message_primary}; run it as {who}") from None
     if as_json:
         terminal.print_json({"pending" if check else "applied": names})
     elif names:
         terminal.say(f"{'to apply' if check else 'applied'}: {', '.join(names)}")
     else:
         terminal.say("the schema is up to date")
+    if roles and not as_json:
+        terminal.say("from now on only members of its roles may use it")
     return int(check and bool(names))
-
-
-def _print_script(*, as_json: bool) -> None:
-    if as_json:
-        terminal.print_json({"sql": migrations.script()})
-    else:
-        typer.echo(migrations.script())
 
 
 def demo(

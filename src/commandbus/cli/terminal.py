@@ -14,7 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import typer
 from rich.console import Console
@@ -48,6 +48,11 @@ def say(line: str) -> None:
 def complain(message: str) -> None:
     """Print what went wrong as one line on stderr."""
     typer.echo(f"commandbus: {safe(' '.join(message.split()))}", err=True)
+
+
+def remark(line: str) -> None:
+    """Print how far something is as one line on stderr."""
+    typer.echo(safe(line), err=True)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -87,13 +92,24 @@ def print_record(record: Mapping[str, object]) -> None:
 
 
 def print_entries(title: str, entries: Iterable[tuple[Sequence[object], Sequence[object]]]) -> None:
-    """Print entries under a title: each as a line of values, and below it a line for each value that needs room."""
+    """Print entries under a title."""
     say(title)
     for head, below in entries:
-        _print_folded("  ", "  ".join(_cell(value) for value in head if value is not None), "    ")
-        for value in below:
-            if value is not None:
-                _print_folded("    ", _cell(value), "    ")
+        print_entry(head, below)
+
+
+def print_entry(head: Sequence[object], below: Sequence[object] = ()) -> None:
+    """Print an entry: a line of values, and below it a line for each value that needs room."""
+    _print_folded("  ", "  ".join(_cell(value) for value in head if value is not None), "    ")
+    for value in below:
+        if value is not None:
+            _print_folded("    ", _cell(value), "    ")
+
+
+def start_screen() -> None:
+    """Clear the terminal for what is drawn anew; elsewhere, what was printed stays."""
+    if sys.stdout.isatty():
+        typer.echo("\x1b[H\x1b[2J", nl=False)
 
 
 def print_quoted(title: str, text: str) -> None:
@@ -106,6 +122,14 @@ def print_quoted(title: str, text: str) -> None:
 def named(name: str, value: object) -> str | None:
     """Return a value with its name, for a line of several; None stays None."""
     return None if value is None else f"{name}={_cell(value)}"
+
+
+def age(seconds: float) -> str:
+    """Return a length of time in its largest unit, as the arguments take it: 12s, 5m, 3h, 2d."""
+    for unit, length in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
 
 
 def json_cell(value: Json) -> str | None:
@@ -127,6 +151,8 @@ def _cell(value: object) -> str:
     match value:
         case datetime():
             return f"{value.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        case timedelta():
+            return age(value.total_seconds())
         case Error():
             return safe(f"{value.code}: {value.message}" if value.message else value.code)
         case _:

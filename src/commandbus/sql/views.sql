@@ -12,15 +12,23 @@ SELECT h.domain, h.command_id, h.command_type, h.status, h.priority, h.max_attem
        NULL::timestamptz, NULL::timestamptz, h.claimed_at, NULL::timestamptz, h.worker, h.finished_at
 FROM commandbus.command_history h;
 
--- What waits for an operator; the oldest first when ordered by parked_at.
+-- What waits for an operator; the oldest first when ordered by parked_at. Failures of one kind share a fingerprint.
+-- Columns are only ever added at the end: once commands gets another, name them all here.
 CREATE OR REPLACE VIEW commandbus.troubleshooting AS
-SELECT * FROM commandbus.commands WHERE parked_at IS NOT NULL;
+SELECT c.*, commandbus._fingerprint(c.error) AS fingerprint FROM commandbus.commands c WHERE c.parked_at IS NOT NULL;
 
 -- How many commands are unfinished, by domain, type and status, and when the oldest of them was sent.
 CREATE OR REPLACE VIEW commandbus.stats AS
 SELECT c.domain, c.command_type, c.status, count(*) AS count, min(c.sent_at) AS oldest_sent_at
 FROM commandbus.command c
 GROUP BY c.domain, c.command_type, c.status;
+
+-- The workers that have announced themselves, which they do every 10 s. A view calls functions with the rights of who
+-- reads it: that takes EXECUTE on clock().
+CREATE OR REPLACE VIEW commandbus.workers AS
+SELECT w.domain, w.worker, w.command_types, w.concurrency, w.started_at, w.seen_at,
+       w.seen_at > commandbus.clock() - interval '30 s' AS alive
+FROM commandbus.worker w;
 
 -- Everything that happened to a command, in order of step. SENT, CLAIMED and the ending on the happy path stand in
 -- the command's own row and are told from it; the rest are rows of their own.

@@ -10,12 +10,24 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
+from commandbus._batches import receipt
 from commandbus._calls import Outgoing
 from commandbus._connections import run_on
 from commandbus._send_buffer import Parcel
-from commandbus.bus import CommandBus, _receipt
+from commandbus.bus import CommandBus
 from commandbus.errors import ClosedError, WrongLoopError
-from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
+from commandbus.model import (
+    AuditEvent,
+    Command,
+    CommandStatus,
+    Json,
+    Page,
+    Receipt,
+    SendRequest,
+    Stat,
+    Violation,
+    Waiting,
+)
 from commandbus.sync.call import SETTLE_SECONDS, wait
 from commandbus.sync.defaults import default_runtime
 from commandbus.sync.runtime import Closer, SyncRuntime
@@ -63,6 +75,11 @@ class SyncCommandBus:
         self._closer: Closer | None = None  # what closes the bus at the shutdown; None: it is not ours to close
         self._open_in: int | None = None  # the generation of the runtime in which the bus was opened
         self._closed = False
+
+    @property
+    def max_data_bytes(self) -> int:
+        """How many bytes the data of a command may have; see `CommandBus`."""
+        return self._bus.max_data_bytes
 
     def open(self) -> None:
         """Connect and check the schema, as the first call would.
@@ -160,7 +177,7 @@ class SyncCommandBus:
             return run_on(connection, self._bus.sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
-        return _receipt(outgoing, *self._deliver(bus, [outgoing]))
+        return receipt(outgoing, *self._deliver(bus, [outgoing]))
 
     def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; see `CommandBus.send_batch`."""
@@ -207,18 +224,24 @@ class SyncCommandBus:
         domain: str | None = None,
         status: CommandStatus | None = None,
         command_type: str | None = None,
+        since: timedelta | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> Page[Command]:
-        """Return a page of commands, unfinished and finished, newest first within a domain. `limit`: 1 to 1,000."""
+        """Return a page of commands, unfinished and finished; see `CommandBus.query_commands`."""
         return self._call(
             CommandBus.query_commands,
             domain=domain,
             status=status,
             command_type=command_type,
+            since=since,
             limit=limit,
             cursor=cursor,
         )
+
+    def explain(self, command: Receipt | str, command_id: UUID | None = None) -> Waiting | None:
+        """Say why an unfinished command is where it is; None when it is finished. Raises `CommandNotFoundError`."""
+        return self._call(CommandBus.explain, command, command_id)
 
     def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
         """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
@@ -237,6 +260,10 @@ class SyncCommandBus:
     def stats(self, *, domain: str | None = None) -> list[Stat]:
         """Count what is unfinished, by domain, type and status, each with the time its oldest was sent."""
         return self._call(CommandBus.stats, domain=domain)
+
+    def verify(self, *, timeout: timedelta = timedelta(minutes=10)) -> list[Violation]:
+        """Compare all commands and audit events with what the library can have written; see `CommandBus.verify`."""
+        return self._call(CommandBus.verify, timeout=timeout)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 

@@ -129,12 +129,12 @@ class SyncRuntime:
             if not call.submitted:  # in here, so that no moment is left in which Ctrl-C would let it run on
                 self._submit(call)
             if not wait(call.ended, seconds):
-                self._give_up(call)
+                self.abandon(call)
                 call.expire(f"the call did not end within {seconds} s: it was cancelled")
             return call.outcome()
         except BaseException as interruption:
             if not call.done:
-                self._give_up(call)
+                self.abandon(call)
             if interruption is not call.error:
                 call.explain(interruption)
             raise
@@ -156,7 +156,8 @@ class SyncRuntime:
         call.submitted = True
         self.submit(partial(call.start, self.start()), call.fail)
 
-    def _give_up(self, call: Call) -> None:
+    def abandon(self, call: Call) -> None:
+        """Cancel a call, and await its end, bounded."""
         self.submit(call.cancel, call.fail)
         wait(call.ended, SETTLE_SECONDS)
 

@@ -5,37 +5,45 @@ from __future__ import annotations
 import json
 import re
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeAlias
 
-from commandbus._calls import MAX_BYTES
 from commandbus._failures import brief
-from commandbus.errors import BusinessRuleError, CommandError, PermanentCommandError
+from commandbus._limits import encode
+from commandbus.errors import BusinessRuleError, CommandError, InvalidCommandError, PermanentCommandError
 from commandbus.handlers import Handler
 from commandbus.model import Json
 
+MAX_CODE = 128
 MAX_TEXT = 4096
+_MAX_DETAILS = 16384  # bytes; a traceback of ours fits, whatever its letters
+_CUT = "... (cut off)"
 _OURS = str(Path(__file__).parents[1])
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """The handler returned; `result` is JSON text."""
+    """The handler returned; `result` is JSON text. `replaced`: it stands for a result that cannot be kept."""
 
     result: str
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler did not succeed. `kind` is TRANSIENT, PERMANENT or BUSINESS, `error` JSON text."""
+    """The handler did not succeed. `kind` is TRANSIENT, PERMANENT or BUSINESS, `error` JSON text.
+
+    `replaced`: it stands for an error that cannot be kept.
+    """
 
     kind: str
     error: str
     retry_in: timedelta
     max_attempts: int
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +60,15 @@ Ending: TypeAlias = Completed | Failed | Released | Recorded
 
 
 def completed(result: Json) -> Completed:
-    """Return the ending of a handler that returned this. Raises `PermanentCommandError` if it cannot be kept."""
+    """Return the ending of a handler that returned this.
+
+    The work is done, and to do it again would not make the result any better: one that breaks a limit is replaced by a
+    note that says why and shows how it begins.
+    """
     try:
-        text = json.dumps(result, allow_nan=False, separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PermanentCommandError("RESULT_NOT_JSON", str(error)) from None
-    if len(text) > MAX_BYTES:
-        reason = f"the result has {len(text):,} bytes: at most {MAX_BYTES:,} are kept"
-        raise PermanentCommandError("RESULT_TOO_LARGE", reason)
-    return Completed(text)
+        return Completed(encode(result, "result", any_keys=True))
+    except Exception as error:  # noqa: BLE001 - an object of the user's may raise anything while it is read
+        return Completed(json.dumps(_note("result", error, result)), replaced=True)
 
 
 def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
@@ -92,34 +100,60 @@ def unstorable(error: Exception) -> PermanentCommandError:
     return PermanentCommandError("UNSTORABLE", f"PostgreSQL refuses the result: {brief(error)}")
 
 
-def storable(value: object) -> str:
-    """Return a text as PostgreSQL can keep it: no NUL, no lone surrogates, not longer than 4,096 characters."""
+def without_words(ending: Failed, error: Exception) -> Failed:
+    """Return the same verdict, its error replaced by one in ASCII: the database refuses the handler's words.
+
+    A database in another encoding than UTF-8 does not know every character.
+    """
+    text = json.dumps(
+        {
+            "code": "UNSTORABLE",
+            "message": f"PostgreSQL refuses the error: {brief(error)!a}",
+            "details": _note("error", error, ending.error),
+        }
+    )
+    return replace(ending, error=text, replaced=True)
+
+
+def storable(value: object, most: int = MAX_TEXT) -> str:
+    """Return a text as PostgreSQL can keep it: no NUL, no lone surrogates, at most so many characters."""
     try:
         text = str(value)
     except Exception as error:  # noqa: BLE001 - a user's __str__
         text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
-    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text[:MAX_TEXT])
+    if len(text) > most:
+        text = text[: most - len(_CUT)] + _CUT
+    return _UNSTORABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _traceback(error: BaseException) -> str:
     """Return where it happened: the frames of the user's code, the end of them."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_OURS)]
-    return "".join(traceback.format_list(frames))[-MAX_TEXT // 2 :]
+    text = "".join(traceback.format_list(frames))
+    return storable(text if len(text) <= MAX_TEXT // 2 else f"{_CUT}\n{text[-MAX_TEXT // 2 :]}")
 
 
 def _error_text(code: object, message: object, details: Json) -> str:
-    error: dict[str, Json] = {"code": storable(code)[:128], "message": storable(message)}
+    error: dict[str, Json] = {"code": storable(code, MAX_CODE), "message": storable(message)}
     if details is not None:
-        error["details"] = _storable_json(details)
+        error["details"] = _storable_details(details)
     return json.dumps(error)
 
 
-def _storable_json(details: Json) -> Json:
-    """Return the details as they are if PostgreSQL can keep them, else as text."""
+def _storable_details(details: Json) -> Json:
+    """Return the details as they are if they can be kept, else a note."""
     try:
-        text = json.dumps(details, allow_nan=False, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        return storable(details)
-    if len(text) > MAX_TEXT or _UNSTORABLE.search(text) or "\\u0000" in text:
-        return storable(text)
+        encode(details, "details", _MAX_DETAILS, any_keys=True)
+    except Exception as error:  # noqa: BLE001 - as above
+        return _note("details", error, details)
     return details
+
+
+def _note(name: str, error: Exception, value: Json) -> Json:
+    """Return what is recorded in place of a value that cannot be kept."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except Exception:  # noqa: BLE001 - as above
+        text = value
+    reason = error if isinstance(error, InvalidCommandError) else f"{name} cannot be read: {type(error).__name__}"
+    return {"commandbus": f"{name} replaced", "reason": storable(reason), "text": storable(text)}

@@ -11,11 +11,12 @@ from typing import TypeAlias
 import psycopg
 
 from commandbus import _calls
-from commandbus._calls import MAX_BYTES, Answers, Call
+from commandbus._calls import Answers, Call
 from commandbus._database import Database
 from commandbus._failures import brief, is_refusal
+from commandbus._limits import MAX_BYTES
 from commandbus.errors import CommandBusError
-from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, failed, unstorable
+from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, failed, unstorable, without_words
 from commandbus.worker.leases import Lease, Leases
 
 logger = logging.getLogger("commandbus.worker")
@@ -105,6 +106,8 @@ class Finisher:
         logger.error("PostgreSQL refuses the outcome: %s", brief(error), extra=lease.log_extra(self._leases.worker))
         if isinstance(ending, Completed):
             self.put(lease, failed(unstorable(error), lease.handler, lease.claimed.attempts + 1))
+        elif isinstance(ending, Failed) and not ending.replaced:
+            self.put(lease, without_words(ending, error))
         else:
             self._let_go(lease)  # nothing of ours is left to say: the lease runs out
 
@@ -152,9 +155,9 @@ def _call(domain: str, outcomes: Sequence[Outcome]) -> Call[Answers]:
 
 def _fields(ending: Ending) -> str:
     match ending:
-        case Completed(result):
+        case Completed(result=result):
             return f',"result":{result}'
-        case Failed(kind, error, retry_in, max_attempts):
+        case Failed(kind, error, retry_in, max_attempts, _):
             return (
                 f',"kind":"{kind}","error":{error},"retry_in":{retry_in.total_seconds()},"max_attempts":{max_attempts}'
             )

@@ -20,7 +20,18 @@ from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, TransientCommandError
 from commandbus.handlers import AsyncFunction, BlockingContext, BlockingFunction, HandlerContext, Middleware
 from commandbus.model import Command, Json
-from commandbus.worker.endings import Ending, Failed, Recorded, Released, completed, failed, storable, unreadable
+from commandbus.worker.endings import (
+    MAX_CODE,
+    Completed,
+    Ending,
+    Failed,
+    Recorded,
+    Released,
+    completed,
+    failed,
+    storable,
+    unreadable,
+)
 from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
 from commandbus.worker.transactions import RUN, BlockingConnections, complete_on, handle, rolled_back
@@ -115,7 +126,7 @@ class Runner:
                 if handler.transactional:
                     return await self._run_in_transaction(lease, command)
                 result = await self._bounded(lease, self._call(lease, command))
-                return rolled_back(lease) if lease.completing else completed(result)
+                return rolled_back(lease) if lease.completing else self._completed(result, lease)
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
                     raise
@@ -125,6 +136,15 @@ class Runner:
             except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
                 return self._failed(error, lease)
 
+    def _completed(self, result: Json, lease: Lease) -> Completed:
+        ending = completed(result)
+        if ending.replaced:
+            logger.warning(
+                "the result breaks a limit: what is recorded in its place says which",
+                extra=lease.log_extra(self._worker),
+            )
+        return ending
+
     def _failed(self, error: BaseException, lease: Lease) -> Failed:
         """Return the ending of a handler that raised this, and log what follows from it.
 
@@ -132,7 +152,7 @@ class Runner:
         """
         attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
         ending = failed(error, lease.handler, attempt)
-        code = printable(storable(error.code)[:128]) if isinstance(error, CommandError) else type(error).__name__
+        code = printable(storable(error.code, MAX_CODE)) if isinstance(error, CommandError) else type(error).__name__
         match ending.kind:
             case "BUSINESS":
                 level, then = logging.INFO, "it ends as FAILED"
@@ -265,7 +285,7 @@ class Runner:
                     return self._bounded(lease, self._call(lease, command, connection))
                 return execute(connection, wanted, CALL_SECONDS)
 
-            await drive(handle(lease), perform)
+            await drive(handle(lease, self._completed), perform)
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
@@ -275,7 +295,7 @@ class Runner:
             def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN
                 return self._call_blocking(lease, command, connection) if wanted is RUN else own.execute(wanted)
 
-            drive_blocking(handle(lease), perform)
+            drive_blocking(handle(lease, self._completed), perform)
 
 
 def _is_cancelling() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 import psycopg
@@ -15,7 +15,7 @@ from commandbus._database import Database, reset_blocking
 from commandbus._failures import is_refusal
 from commandbus.errors import LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
-from commandbus.worker.endings import Failed, completed, failed, unstorable
+from commandbus.worker.endings import Completed, Failed, completed, failed, unstorable
 from commandbus.worker.leases import Lease
 
 RUN: Final = object()
@@ -24,7 +24,7 @@ RUN: Final = object()
 _BUSY_TRIES, _BUSY_PAUSE = 40, 0.05  # seconds
 
 
-def handle(lease: Lease) -> Steps[None]:
+def handle(lease: Lease, ending: Callable[[Json, Lease], Completed]) -> Steps[None]:
     """Run the handler, and complete its command as the last statement of the open transaction.
 
     The completion comes last, so that its row locks are held for one commit only.
@@ -35,19 +35,19 @@ def handle(lease: Lease) -> Steps[None]:
         raise PermanentCommandError(
             "TRANSACTION_ENDED", "the handler ended the transaction by itself: what it wrote may be committed"
         )
-    yield from complete(lease, result)
+    yield from complete(lease, ending(result, lease))
 
 
-def complete(lease: Lease, result: Json) -> Steps[None]:
+def complete(lease: Lease, ending: Completed) -> Steps[None]:
     """Complete the lease's command in the open transaction. Raises `LeaseLostError`: the caller has to roll back."""
-    item = lease.item(f',"result":{completed(result).result}')
+    item = lease.item(f',"result":{ending.result}')
     lease.completing = True
     for _ in range(_BUSY_TRIES):
         if lease.cancelled:
             break
         try:
             answers = yield _calls.complete(lease.claimed.domain, [item])
-        except psycopg.Error as error:
+        except Exception as error:
             if not is_refusal(error):
                 raise
             lease.completing = False
@@ -83,7 +83,7 @@ def rolled_back(lease: Lease) -> Failed:
 
 
 def _completing(lease: Lease, result: Json) -> Work[None]:
-    return Work(complete(lease, result), _wake_nobody, frozenset())
+    return Work(complete(lease, completed(result)), _wake_nobody, frozenset())
 
 
 def _wake_nobody(domains: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""The worker itself: composes claimer, runner, finisher, renewer and listener."""
+"""The worker itself: composes claimer, runner, finisher, renewer, listener, housekeeper and heartbeat."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from commandbus.model import Command, StopReport
 from commandbus.worker.claimer import Claimer, Lane
 from commandbus.worker.endings import Ending, Released
 from commandbus.worker.finisher import Finisher
+from commandbus.worker.heartbeat import Heartbeat
 from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.leases import Lease, Leases
 from commandbus.worker.listener import Listener
@@ -177,6 +178,12 @@ class Worker:
         }
         return [Lane(domain, types, free[kind]) for (domain, kind), types in lanes.items()]
 
+    def _heartbeat(self, database: Database) -> Heartbeat:
+        types: dict[str, list[str]] = {}
+        for handler in self._handlers:
+            types.setdefault(handler.domain, []).append(handler.command_type)
+        return Heartbeat(database, self.name, types, self._concurrency)
+
     def _free(self) -> int:
         # Endings wait to be recorded while the next handlers run, but not without bound.
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
@@ -205,7 +212,7 @@ class Worker:
     async def _work(self, database: Database) -> None:
         self._renewer.start()
         finishing = self._watch(self._finisher.run())
-        helpers = [self._watch(Housekeeper(database).run())]
+        helpers = [self._watch(Housekeeper(database).run()), self._watch(self._heartbeat(database).run())]
         if not database.transaction_pooler:
             listener = Listener(database, self.domains, self.name, self._claimer.wake)
             helpers.append(self._watch(listener.run()))

@@ -1,7 +1,7 @@
--- The verbs of people and of the application, one command a call. Each is one conditional step: of two rivals one
--- wins, and the other is told so. Locks: the row, waited for up to 5 s; then its events.
--- The three of the operator raise CB001 for an operator without a name; all raise CB002 no such command, CB003 its
--- status does not allow it or somebody keeps it locked; nothing is written then.
+-- The verbs of people and of the application, one command a call; bulk.sql has many. Each is one conditional step: of
+-- two rivals one wins, and the other is told so. Locks: the row, waited for up to 5 s; then its events.
+-- The three of the operator raise CB001 for an operator without a name and for JSON that breaks a limit; all raise
+-- CB002 no such command, CB003 its status does not allow it or somebody keeps it locked; nothing is written then.
 
 -- _take: locks the command, if its status is one of p_from.
 CREATE OR REPLACE FUNCTION commandbus._take(p_domain text, p_command_id uuid, p_verb text, p_from text[])
@@ -62,7 +62,26 @@ BEGIN
     PERFORM commandbus._finish(
         ARRAY(SELECT c.ctid FROM commandbus.command c
               WHERE c.domain = p_command.domain AND c.command_id = p_command.command_id),
-        p_to, json_build_array(json_build_object('command_id', p_command.command_id, 'result', p_result::json)));
+        p_to, json_build_array(json_build_object(
+            'command_id', p_command.command_id,
+            'result', commandbus._check_json(p_command.command_id, 'result', p_result))));
+END $$;
+
+-- _retry: tells the event and puts a parked command back in line; p_data, if given, replaces the data.
+CREATE OR REPLACE FUNCTION commandbus._retry(
+    p_command commandbus.command, p_operator text, p_reason text, p_data text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_data jsonb := commandbus._check_json(p_command.command_id, 'data', p_data,
+                                           (SELECT l.max_data_bytes FROM commandbus.limits_v1() l));
+BEGIN
+    PERFORM commandbus._tell(
+        p_command, 'OPERATOR_RETRIED', 'PENDING', p_operator, p_reason,
+        CASE WHEN v_data IS NOT NULL THEN jsonb_build_object('old_data', p_command.data, 'new_data', v_data) END);
+    UPDATE commandbus.command AS c
+    SET status = 'PENDING', place = commandbus._place(c.priority), parked_at = NULL, attempts = 0, crashes = 0,
+        error = NULL, data = coalesce(v_data, c.data)
+    WHERE c.domain = p_command.domain AND c.command_id = p_command.command_id;
 END $$;
 
 -- cancel_v1: the command is not wanted any more. Any unfinished -> CANCELED; a running one loses its lease.
@@ -99,7 +118,8 @@ SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS 
 BEGIN
     PERFORM commandbus._end(
         commandbus._take(p_domain, p_command_id, 'complete', '{IN_TROUBLESHOOTING_QUEUE}'),
-        'OPERATOR_COMPLETED', 'COMPLETED', p_operator, p_reason, p_result);
+        'OPERATOR_COMPLETED', 'COMPLETED', p_operator, p_reason,
+        p_result);
 END $$;
 
 -- operator_retry_v1: once more, with a full budget of attempts and crashes; p_data, if given, replaces the data.
@@ -109,15 +129,8 @@ CREATE OR REPLACE FUNCTION commandbus.operator_retry_v1(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
-DECLARE
-    v_command commandbus.command := commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}');
-    v_data    jsonb := p_data;
 BEGIN
-    PERFORM commandbus._tell(
-        v_command, 'OPERATOR_RETRIED', 'PENDING', p_operator, p_reason,
-        CASE WHEN v_data IS NOT NULL THEN jsonb_build_object('old_data', v_command.data, 'new_data', v_data) END);
-    UPDATE commandbus.command AS c
-    SET status = 'PENDING', place = commandbus._place(c.priority), parked_at = NULL, attempts = 0, crashes = 0,
-        error = NULL, data = coalesce(v_data, c.data)
-    WHERE c.domain = p_domain AND c.command_id = p_command_id;
+    PERFORM commandbus._retry(
+        commandbus._take(p_domain, p_command_id, 'retry', '{IN_TROUBLESHOOTING_QUEUE}'),
+        p_operator, p_reason, p_data);
 END $$;

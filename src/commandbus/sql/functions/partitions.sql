@@ -26,6 +26,29 @@ BEGIN
         EXECUTE format('ALTER TABLE commandbus.%I ATTACH PARTITION commandbus.%I FOR VALUES FROM (%L) TO (%L)',
                        v_table, v_table || '_' || v_suffix,
                        to_char(v_week, v_iso), to_char(v_week + interval '7 days', v_iso));
+        PERFORM commandbus._close(to_regclass('commandbus.' || v_table || '_' || v_suffix));
+    END LOOP;
+END $$;
+
+-- _close: takes every right to this table, sequence or view from everybody but its owner, in a database with roles:
+-- default privileges of the owner may have opened what was just made. Locks: none.
+CREATE OR REPLACE FUNCTION commandbus._close(p_relation regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_to text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM commandbus.setting s WHERE s.name = 'roles' AND s.value = 'on') THEN
+        RETURN;
+    END IF;
+    FOR v_to IN
+        SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+        FROM pg_class c
+        CROSS JOIN LATERAL (SELECT c.relacl UNION ALL
+                            SELECT t.attacl FROM pg_attribute t WHERE t.attrelid = c.oid) AS o (acl)
+        CROSS JOIN aclexplode(o.acl) a
+        WHERE c.oid = p_relation AND a.grantee <> c.relowner
+    LOOP
+        EXECUTE format('REVOKE ALL ON TABLE %s FROM %s CASCADE', p_relation, v_to);
     END LOOP;
 END $$;
 

@@ -28,8 +28,7 @@ BEGIN
     END IF;
     FOR r IN
         WITH given AS MATERIALIZED (
-            SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type,
-                   coalesce(g.data, 'null') AS data,
+            SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type, g.data,
                    coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
                    coalesce(g.priority, 0::smallint) AS priority,
                    g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
@@ -37,16 +36,30 @@ BEGIN
                         THEN v_now + make_interval(secs => g.delay) END AS not_before,
                    CASE WHEN g.domain ~ v_name IS NOT TRUE THEN 'domain'
                         WHEN g.command_type ~ v_name IS NOT TRUE THEN 'command_type'
-                        WHEN jsonb_typeof(g.headers) <> 'object' THEN 'headers'
+                        WHEN octet_length(g.data_text) > 1024  -- no setting is lower; looking it up takes 10 us
+                         AND octet_length(g.data_text) > coalesce((SELECT s.value::integer FROM commandbus.setting s
+                                                                   WHERE s.name = 'max_data_bytes'), 262144)
+                          OR octet_length(g.data_text) > 128  -- 65 levels have 130
+                         AND jsonb_path_exists(g.data,
+                                 'strict $.**{64} ? (@.type() == "object" || @.type() == "array")') THEN 'data'
+                        WHEN jsonb_typeof(g.headers) <> 'object' OR octet_length(g.headers::text) > 8192
+                          OR jsonb_path_exists(g.headers, 'strict $.* ? (@.type() != "string")') THEN 'headers'
+                        WHEN length(g.correlation_id) > 256 THEN 'correlation_id'
+                        WHEN g.reply_to !~ v_name THEN 'reply_to'
                         WHEN g.priority NOT BETWEEN -100 AND 100 THEN 'priority'
                         WHEN g.max_attempts NOT BETWEEN 1 AND 1000000 THEN 'max_attempts'
                         WHEN g.delay NOT BETWEEN 0 AND v_longest THEN 'delay' END AS wrong,
-                   sha256(convert_to(g.command_type || ' ' || coalesce(g.data, 'null')::text, 'UTF8')) AS data_hash
-            FROM ROWS FROM (json_to_recordset(p_commands::json) AS
-                (domain text, command_id uuid, command_type text, data jsonb, headers jsonb, correlation_id text,
-                 reply_to text, max_attempts integer, delay double precision, priority smallint, minted boolean))
-                 WITH ORDINALITY AS g(domain, command_id, command_type, data, headers, correlation_id, reply_to,
-                                      max_attempts, delay, priority, minted, n)
+                   sha256(convert_to(g.command_type || ' ' || g.data_text, 'UTF8')) AS data_hash
+            FROM (SELECT f.domain, f.command_id, f.command_type, coalesce(f.data, 'null') AS data,
+                         coalesce(f.data, 'null')::text AS data_text, f.headers, f.correlation_id, f.reply_to,
+                         f.max_attempts, f.delay, f.priority, f.minted, f.n
+                  FROM ROWS FROM (json_to_recordset(p_commands::json) AS
+                      (domain text, command_id uuid, command_type text, data jsonb, headers jsonb,
+                       correlation_id text, reply_to text, max_attempts integer, delay double precision,
+                       priority smallint, minted boolean))
+                       WITH ORDINALITY AS f(domain, command_id, command_type, data, headers, correlation_id, reply_to,
+                                            max_attempts, delay, priority, minted, n)
+                  OFFSET 0) g  -- or the text would be made twice
         ), inserted AS (
             INSERT INTO commandbus.command AS c
                 (domain, command_id, command_type, status, place, due_at, priority, max_attempts, sent_at,
@@ -68,7 +81,11 @@ BEGIN
     LOOP
         IF r.wrong IS NOT NULL THEN
             RAISE EXCEPTION 'command %: % is missing or out of bounds', r.command_id, r.wrong
-                USING ERRCODE = 'CB001', HINT = 'Nothing was sent; correct the field.';
+                USING ERRCODE = 'CB001', HINT = CASE r.wrong
+                    WHEN 'data' THEN 'Nothing was sent; it may have max_data_bytes (' || (SELECT l.max_data_bytes
+                        FROM commandbus.limits_v1() l) || ') as text and 64 levels.'
+                    WHEN 'headers' THEN 'Nothing was sent; give an object of strings, of at most 8192 bytes as text.'
+                    ELSE 'Nothing was sent; correct the field.' END;
         END IF;
         ordinal := r.n;
         command_id := r.command_id;

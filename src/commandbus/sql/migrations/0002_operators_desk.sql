@@ -13,6 +13,6 @@ CREATE TABLE commandbus.worker (
 ) WITH (fillfactor = 50, autovacuum_vacuum_threshold = 1000);
 
 INSERT INTO commandbus.setting (name, value) VALUES
-    ('max_data_bytes', '262144');  -- of the data of one command, as JSON text; at most 1 MiB
+    ('max_data_bytes', '262144');  -- of the data of one command, as JSON text; 1 KiB to 1 MiB
 ALTER TABLE commandbus.setting ADD CONSTRAINT setting_max_data_bytes
-    CHECK (name <> 'max_data_bytes' OR value::integer BETWEEN 1 AND 1048576);
+    CHECK (name <> 'max_data_bytes' OR value::integer BETWEEN 1024 AND 1048576);

@@ -1,0 +1,298 @@
+"""Broken variants of the SQL functions. Each is one guard less, and names the test that misses it.
+
+`pytest --mutant NAME` runs tests against one of them. An edit is short and stands at the centre of its guard, so that
+it survives what happens around it; one whose text is not there exactly once is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A variant of one file: what is wrong with it, the edits (old text, new text), and who sees it."""
+
+    name: str
+    wrong: str
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    killer: str  # the node id of a test, from tests/sql on
+
+    def sql(self) -> str:
+        """The file with the edits. Raises `LookupError` when one does not fit."""
+        text = files("commandbus").joinpath("sql", "functions", self.file).read_text("utf-8")
+        for old, new in self.edits:
+            if (count := text.count(old)) != 1:
+                msg = f"mutant {self.name}: {count} times in {self.file}, not once: {old}"
+                raise LookupError(msg)
+            text = text.replace(old, new)
+        return text
+
+
+_FENCE = "AND c.status = 'IN_PROGRESS' AND c.delivery = i.delivery AND c.lease_token = i.lease_token"
+_NAMED = (
+    "c.domain = p_domain AND c.status = 'IN_PROGRESS' AND c.command_id IN"
+    " (SELECT i.command_id FROM json_to_recordset(p_items::json) AS i(command_id uuid))"
+)
+_KNOWN = "SELECT FROM commandbus.command_history h WHERE h.domain = g.domain AND h.command_id = g.command_id"
+_CELL = "test_transitions.py::test_every_status_times_every_verb"
+_STALE = "test_transitions.py::test_a_stale_lease_changes_nothing"
+
+_ALL = (
+    # ---------------------------------------------------------------------------------------------- the fence
+    Mutant(
+        "fence-dropped", "any lease passes", "command.sql",
+        ((_FENCE, ""),),
+        f"{_STALE}[complete-the lease of before]",
+    ),
+    Mutant(
+        "fence-by-status", "any lease of a running command passes", "command.sql",
+        ((_FENCE, "AND c.status = 'IN_PROGRESS'"),),
+        f"{_STALE}[complete-the lease of before]",
+    ),
+    Mutant(
+        "fence-by-delivery", "the token is not compared", "command.sql",
+        ((_FENCE, "AND c.status = 'IN_PROGRESS' AND c.delivery = i.delivery"),),
+        f"{_STALE}[complete-right delivery, wrong token]",
+    ),
+    Mutant(
+        "fence-by-token", "the delivery is not compared", "command.sql",
+        ((_FENCE, "AND c.status = 'IN_PROGRESS' AND c.lease_token = i.lease_token"),),
+        f"{_STALE}[complete-right token, wrong delivery]",
+    ),
+    Mutant(
+        "fence-without-status", "a lease that was given back still passes", "command.sql",
+        ((_FENCE, "AND c.delivery = i.delivery AND c.lease_token = i.lease_token"),),
+        f"{_CELL}[complete-PENDING]",
+    ),
+    Mutant(
+        "fence-waits", "a locked row holds up its neighbours", "command.sql",
+        (("LIMIT 1 FOR UPDATE SKIP LOCKED) h", "LIMIT 1 FOR UPDATE) h"),),
+        "test_races.py::test_a_locked_row_does_not_hold_up_its_neighbours",
+    ),
+    Mutant(
+        "fence-waits-unordered", "and bulk calls lock in the order of the caller", "command.sql",
+        (("LIMIT 1 FOR UPDATE SKIP LOCKED) h", "LIMIT 1 FOR UPDATE) h"), ("ORDER BY i.command_id) i", ") i")),
+        "test_races.py::test_bulk_verbs_in_any_order_do_not_deadlock",
+    ),
+    Mutant(
+        "named-twice", "a command may be named twice in a call", "command.sql",
+        (("(SELECT count(*) <> count(DISTINCT i.command_id)", "(SELECT false AND count(*) > 0"),),
+        "test_transitions.py::test_a_command_is_named_once_in_a_call[stale first-complete]",
+    ),
+    Mutant(
+        "renew-unfenced", "a renewal needs no lease", "lease.sql",
+        (("WHERE c.ctid = ANY (v_held) RETURNING c.command_id", f"WHERE {_NAMED} RETURNING c.command_id"),),
+        f"{_STALE}[renew-the lease of before]",
+    ),
+    Mutant(
+        "complete-unfenced", "a completion needs no lease", "lease.sql",
+        (("_finish(v_held, 'COMPLETED'",
+          f"_finish(ARRAY(SELECT c.ctid FROM commandbus.command c WHERE {_NAMED}), 'COMPLETED'"),),
+        f"{_STALE}[complete-the lease of before]",
+    ),
+    Mutant(
+        "canceled-says-done", "the worker of a canceled command is told that it is done", "command.sql",
+        (("AND h.presented_token = i.lease_token", "AND h.lease_token = i.lease_token"),),
+        f"{_CELL}[complete-CANCELED]",
+    ),
+    Mutant(
+        "repeated-says-lost", "a completion that is repeated is told that the lease is lost", "command.sql",
+        (("AND h.presented_token = i.lease_token", "AND h.presented_token IS NULL"),),
+        f"{_CELL}[complete-COMPLETED]",
+    ),
+    # ------------------------------------------------------------------------------------------------ sending
+    Mutant(
+        "send-forgets-history", "an own id is not looked up in history", "send.sql",
+        (("IF v_hash IS NULL THEN\n        SELECT h.data_hash",
+          "IF v_hash IS NULL AND NOT p_fresh THEN\n        SELECT h.data_hash"),),
+        "test_send.py::test_an_own_id_sent_again[again0-duplicate-COMPLETED]",
+    ),
+    Mutant(
+        "send-looks-first", "an own id is looked up in history by the statement that inserts it", "send.sql",
+        (("IF v_hash IS NULL THEN\n        SELECT h.data_hash",
+          "IF v_hash IS NULL AND NOT p_fresh THEN\n        SELECT h.data_hash"),
+         ("FROM given g WHERE g.wrong IS NULL",
+          f"FROM given g WHERE g.wrong IS NULL AND NOT EXISTS ({_KNOWN})")),
+        "test_races.py::test_who_waits[True-IN_PROGRESS-complete-send again-duplicate-COMPLETED-duplicate-IN_PROGRESS]",
+    ),
+    Mutant(
+        "send-keeps-both", "an id that history knows is left in the queue too", "send.sql",
+        (("DELETE FROM commandbus.command c WHERE c.domain = p_domain AND c.command_id = p_id;", "NULL;"),),
+        "test_send.py::test_an_own_id_sent_again[again0-duplicate-COMPLETED]",
+    ),
+    Mutant(
+        "send-at-any-level", "an own id is accepted above READ COMMITTED", "send.sql",
+        (("NOT IN ('read committed', 'read uncommitted')", "= 'none'"),),
+        "test_send.py::test_an_own_id_above_read_committed[absent-REPEATABLE READ]",
+    ),
+    Mutant(
+        "send-never-conflicts", "other data under a known id is a duplicate", "send.sql",
+        (("CASE WHEN v_hash = p_hash THEN", "CASE WHEN true THEN"),),
+        "test_send.py::test_an_own_id_sent_again[again2-conflict-PENDING]",
+    ),
+    Mutant(
+        "send-compares-edited-data", "a duplicate is what equals the data of now", "send.sql",
+        (("SELECT c.data_hash INTO v_hash",
+          "SELECT sha256(convert_to(c.command_type || ' ' || c.data::text, 'UTF8')) INTO v_hash"),),
+        "test_send.py::test_what_counts_is_what_was_first_sent[False]",
+    ),
+    Mutant(
+        "send-unordered", "ids are locked in the order of the caller", "send.sql",
+        (("ORDER BY g.domain, g.command_id, g.n", "ORDER BY g.n"),),
+        "test_send.py::test_senders_of_the_same_ids_in_any_order_do_not_deadlock",
+    ),
+    Mutant(
+        "clock-stands-still", "the clock stands still in a transaction", "command.sql",
+        (("RETURN clock_timestamp();", "RETURN now();"),),
+        "test_clock_and_codes.py::test_time_goes_on_within_a_transaction",
+    ),
+    Mutant(
+        "clock-open-to-all", "every session may shift its clock", "command.sql",
+        (("s.name = 'test_clock' AND s.value = 'on'", "s.name = 'test_clock'"),),
+        "test_clock_and_codes.py::test_nobody_shifts_a_clock_that_is_closed[off-claim]",
+    ),
+    # ----------------------------------------------------------------------------------------------- claiming
+    Mutant(
+        "claim-again", "a running command is claimed again", "claim.sql",
+        (("AND q.place <= s.up_to AND q.status = 'PENDING' AND q.ctid", "AND q.place <= s.up_to AND q.ctid"),),
+        "test_claim.py::test_types_are_merged_by_priority_then_by_sending[2]",
+    ),
+    Mutant(
+        "claim-waits", "a claim waits for what another claims", "claim.sql",
+        (("LIMIT least(s.share, p_limit - cardinality(v_held)) FOR UPDATE SKIP LOCKED",
+          "LIMIT least(s.share, p_limit - cardinality(v_held)) FOR UPDATE"),),
+        "test_races.py::test_who_does_not_wait[True-PENDING-claim-claim-0-0-1]",
+    ),
+    Mutant(
+        "claim-keeps-token", "the next lease has the token of the last", "claim.sql",
+        (("lease_token = gen_random_uuid()", "lease_token = coalesce(c.lease_token, gen_random_uuid())"),),
+        f"{_STALE}[complete-right delivery, wrong token]",
+    ),
+    Mutant(
+        "claim-keeps-delivery", "deliveries are not counted", "claim.sql",
+        (("delivery = c.delivery + 1", "delivery = greatest(c.delivery, 1)"),),
+        f"{_STALE}[complete-right token, wrong delivery]",
+    ),
+    Mutant(
+        "claim-leaves-no-mark", "what is claimed is not marked for the search of expired leases", "claim.sql",
+        (("PERFORM commandbus._mark(p_domain, v_held);", "NULL;"),),
+        "test_claim.py::test_every_expired_lease_is_found_whatever_its_type_and_priority",
+    ),
+    Mutant(
+        "priority-ignored", "priorities do not count", "command.sql",
+        (("((100 - p_priority)::bigint << 54)", "((100 - 0 * p_priority)::bigint << 54)"),),
+        "test_send.py::test_a_higher_priority_comes_first",
+    ),
+    Mutant(
+        "promote-early", "what is scheduled is promoted before it is due", "claim.sql",
+        (("q.due_at <= v_now", "q.due_at IS NOT NULL"),),
+        "test_budgets.py::test_back_off_starts_now",
+    ),
+    Mutant(
+        "promote-unbounded", "everything that is due is promoted in one call", "claim.sql",
+        (("ORDER BY q.due_at LIMIT 500 FOR", "ORDER BY q.due_at FOR"),),
+        "test_claim.py::test_at_most_500_are_promoted_in_a_call",
+    ),
+    # ------------------------------------------------------------------------------------------------ crashes
+    Mutant(
+        "sweep-takes-the-living", "leases that last are swept too", "claim.sql",
+        (("AND q.place <= m.place AND q.status = 'IN_PROGRESS' AND q.lease_until < v_now",
+          "AND q.place <= m.place AND q.status = 'IN_PROGRESS'"),),
+        "test_transitions.py::test_a_renewed_lease_lasts_from_now",
+    ),
+    Mutant(
+        "crash-not-counted", "a crash costs nothing", "claim.sql",
+        (("SET crashes = c.crashes + 1, events", "SET events"),),
+        "test_budgets.py::test_the_first_crash_is_claimed_as_before",
+    ),
+    Mutant(
+        "crash-limit-four", "the fourth crash parks, not the third", "claim.sql",
+        (("status = CASE WHEN c.crashes < 2 THEN", "status = CASE WHEN c.crashes < 3 THEN"),
+         ("alone_since = CASE WHEN c.crashes = 1 THEN", "alone_since = CASE WHEN c.crashes IN (1, 2) THEN"),
+         ("parked_at = CASE WHEN c.crashes >= 2 THEN", "parked_at = CASE WHEN c.crashes >= 3 THEN")),
+        "test_budgets.py::test_the_third_crash_parks",
+    ),
+    Mutant(
+        "crash-never-alone", "what crashed twice runs beside others", "claim.sql",
+        (("place = CASE WHEN c.crashes < 1 THEN", "place = CASE WHEN c.crashes < 2 THEN"),
+         ("alone_since = CASE WHEN c.crashes = 1 THEN", "alone_since = CASE WHEN c.crashes < 0 THEN")),
+        "test_budgets.py::test_after_the_second_crash_it_runs_alone",
+    ),
+    Mutant(
+        "crash-untold", "a crash leaves no event", "claim.sql",
+        (("FROM crashed c;", "FROM crashed c WHERE false;"),),
+        "test_budgets.py::test_the_first_crash_is_claimed_as_before",
+    ),
+    # ----------------------------------------------------------------------------------------------- verdicts
+    Mutant(
+        "attempts-one-more", "one attempt more than allowed", "lease.sql",
+        (("AND c.attempts + 1 < coalesce", "AND c.attempts < coalesce"),),
+        "test_budgets.py::test_attempts_are_limited_by_the_command_then_by_the_policy[2-5-2]",
+    ),
+    Mutant(
+        "max-attempts-ignored", "the command's own limit does not count", "lease.sql",
+        (("coalesce(c.max_attempts, i.max_attempts)", "i.max_attempts"),),
+        "test_budgets.py::test_attempts_are_limited_by_the_command_then_by_the_policy[2-5-2]",
+    ),
+    Mutant(
+        "completion-no-attempt", "a verdict that finishes is no attempt", "command.sql",
+        (("CASE WHEN i.lease_token IS NULL THEN 0 ELSE 1 END", "0"),),
+        "test_budgets.py::test_a_verdict_that_finishes_is_an_attempt[complete-1]",
+    ),
+    Mutant(
+        "release-charges", "a release costs an attempt", "lease.sql",
+        (("SET status = 'PENDING', events", "SET status = 'PENDING', attempts = c.attempts + 1, events"),),
+        "test_budgets.py::test_a_release_charges_nothing_and_goes_to_the_end_of_the_line",
+    ),
+    Mutant(
+        "release-keeps-place", "what is released is the next to be claimed", "lease.sql",
+        (("CASE WHEN c.crashes < 2 THEN commandbus._place(c.priority) END", "c.place"),),
+        "test_budgets.py::test_a_release_charges_nothing_and_goes_to_the_end_of_the_line",
+    ),
+    Mutant(
+        "events-left-behind", "events do not move to history with their command", "command.sql",
+        (("FILTER (WHERE m.events > 0)", "FILTER (WHERE false)"),),
+        "test_history.py::test_events_move_and_leave_with_their_command",
+    ),
+    # ---------------------------------------------------------------------------------------------- decisions
+    Mutant(
+        "decide-in-any-status", "people's verbs do not look at the status", "operator.sql",
+        (("v_status <> ALL (p_from)", "v_status <> ALL (p_from) AND v_command.status IS NULL"),),
+        f"{_CELL}[operator_retry-IN_PROGRESS]",
+    ),
+    Mutant(
+        "decide-unlocked", "people's verbs do not lock the row that they look at", "operator.sql",
+        (("AND c.command_id = p_command_id FOR UPDATE", "AND c.command_id = p_command_id"),),
+        "test_races.py::test_who_waits[True-IN_TROUBLESHOOTING_QUEUE-operator_retry-operator_cancel-CB003-PENDING-ok-CANCELED]",
+    ),
+    Mutant(
+        "decide-without-name", "an operator needs no name", "operator.sql",
+        (("coalesce(p_operator, '') = ''", "false"),),
+        "test_budgets.py::test_an_operator_has_a_name[None-operator_retry]",
+    ),
+    Mutant(
+        "retry-keeps-attempts", "an operator's retry gives no new attempts", "operator.sql",
+        (("attempts = 0, crashes = 0", "crashes = 0"),),
+        "test_budgets.py::test_operator_retry_gives_all_attempts_again",
+    ),
+    Mutant(
+        "retry-keeps-crashes", "an operator's retry gives no new crashes", "operator.sql",
+        (("attempts = 0, crashes = 0", "attempts = 0"),),
+        "test_budgets.py::test_operator_retry_gives_a_full_budget[None]",
+    ),
+    Mutant(
+        "retry-counts-from-one", "an operator's retry begins the deliveries anew", "operator.sql",
+        (("attempts = 0, crashes = 0", "attempts = 0, crashes = 0, delivery = 0"),),
+        "test_budgets.py::test_operator_retry_gives_a_full_budget[None]",
+    ),
+    Mutant(
+        "edit-untold", "the trail does not keep what an operator edited", "operator.sql",
+        (("CASE WHEN v_data IS NOT NULL THEN jsonb_build_object", "CASE WHEN false THEN jsonb_build_object"),),
+        'test_budgets.py::test_operator_retry_gives_a_full_budget[{"n": 2}]',
+    ),
+)  # fmt: skip
+
+MUTANTS = {mutant.name: mutant for mutant in _ALL}

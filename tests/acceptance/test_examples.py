@@ -137,10 +137,12 @@ def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
     db.execute("insert into shop_product (name, \"left\", shipped) values ('lamp', 30, 0)")
 
     with django.serving("-w", "2", "--threads", "4", "shop.wsgi") as (port, _):
+        db.execute("listen commandbus")
         with ThreadPoolExecutor(8) as users:
             answers = list(users.map(lambda _: request(port, "POST", "/products/lamp/orders"), range(40)))
         assert Counter(status for status, _ in answers) == {202: 30, 409: 10}
         assert statuses(db) == {"PENDING": 30}  # those that were rolled back have left no command
+        assert {hint.payload for hint in db.notifies(timeout=20, stop_after=1)} == {"shop"}  # of their commits
 
     with django.running("python", "manage.py", "runworker"):
         eventually(lambda: statuses(db) == {"COMPLETED": 30}, timeout=60, what="30 shipped lamps")

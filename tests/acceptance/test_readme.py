@@ -22,7 +22,7 @@ import pytest
 import typer.core
 import typer.main
 
-from commandbus import errors
+from commandbus import errors, sync
 from commandbus._failures import rights
 from commandbus.cli import app
 from tests.support import eventually
@@ -300,6 +300,15 @@ def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> Non
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
     given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
     assert sorted(named) == sorted(set(given))
+
+
+def test_the_reference_of_the_blocking_api_names_all_of_it() -> None:
+    page = (ROOT / "docs" / "reference" / "sync.md").read_text("utf-8")
+    table = page[: page.index("\n## ")]
+    named = [
+        name for cell in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    ]
+    assert sorted(named) == sorted(sync.__all__)
 
 
 def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> None:

@@ -50,6 +50,8 @@ class Example:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONDEVMODE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            # Python 3.12 and newer warn of a fork where threads run, which is what is shown here.
+            "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(logs), os.environ.get("PYTHONPATH")])),
         }
 

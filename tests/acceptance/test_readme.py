@@ -22,7 +22,7 @@ import pytest
 import typer.core
 import typer.main
 
-from commandbus import errors
+from commandbus import errors, sync
 from commandbus._failures import rights
 from commandbus.cli import app
 from tests.support import eventually
@@ -32,6 +32,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PAGES = [
     ROOT / "README.md",
     ROOT / "docs" / "tutorial.md",
+    ROOT / "docs" / "syncronous-python-design.md",
     ROOT / "docs" / "reference" / "sql-functions.md",
     *sorted(ROOT.glob("docs/how-to/*.md")),
 ]
@@ -45,8 +46,11 @@ ELSEWHERE = {
     "commandbus dev": "the fixture `dsn` stands for its database",
     "commandbus migrate --print >": "tests/sql/test_migrate.py runs what it prints",
     "psql": "it need not be installed",
+    "gunicorn": "tests/acceptance/test_examples.py runs one",
+    "curl": "as gunicorn",
     "commandbus doctor": "it finds that the server of the tests runs without fsync",
 }
+WORKERS = ("commandbus worker ", "python worker.py", "python manage.py runworker")
 LOOKS = ("commandbus show", "commandbus troubleshooting list")  # a newcomer looks again until it is there
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -94,8 +98,9 @@ class Newcomer:
     def _do(self, block: Block, expected: str | None) -> None:
         match block.language:
             case "python":
-                name = re.match(r"# (\w+\.py)\n", block.text)
+                name = re.match(r"# ([\w./]+\.py)\n", block.text)
                 assert name, f"line {block.line}: the first line does not name the file, as in `# payments.py`"
+                (self._folder / name[1]).parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / name[1]).write_text(block.text, "utf-8")
             case "shell":
                 commands = block.text.replace("\\\n", " ").splitlines()
@@ -114,7 +119,7 @@ class Newcomer:
         for shown, here in self._ids.items():
             command = command.replace(shown, here)
         arguments = shlex.split(command)
-        if arguments[:2] == ["commandbus", "worker"]:
+        if command.startswith(WORKERS):
             self._start_worker(arguments)
         elif command.startswith(LOOKS) and expected is not None:
             eventually(
@@ -295,6 +300,15 @@ def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> Non
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
     given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
     assert sorted(named) == sorted(set(given))
+
+
+def test_the_reference_of_the_blocking_api_names_all_of_it() -> None:
+    page = (ROOT / "docs" / "reference" / "sync.md").read_text("utf-8")
+    table = page[: page.index("\n## ")]
+    named = [
+        name for cell in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    ]
+    assert sorted(named) == sorted(sync.__all__)
 
 
 def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from threading import Lock
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
+import psycopg
+
 from commandbus._batches import receipt
 from commandbus._calls import Outgoing
-from commandbus._connections import run_on
+from commandbus._connections import Work, run_on
 from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus
-from commandbus.errors import ClosedError, WrongLoopError
+from commandbus.errors import ClosedError, CommandBusError, WrongLoopError
 from commandbus.model import (
     AuditEvent,
     Command,
@@ -174,7 +178,7 @@ class SyncCommandBus:
             headers=headers,
         )
         if connection is not None:
-            return run_on(connection, self._bus.sending([request]))[0]
+            return run_on(connection, self._sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
         return receipt(outgoing, *self._deliver(bus, [outgoing]))
@@ -183,7 +187,7 @@ class SyncCommandBus:
         """Send any number of commands; see `CommandBus.send_batch`."""
         self.runtime.check("CommandBus.send_batch")
         if connection is not None:
-            return run_on(connection, self._bus.sending(requests, all_or_none=True))
+            return run_on(connection, self._sending(requests, all_or_none=True))
         bus = self.opened()
         return self.runtime.run(bus._send_chunks, [bus._outgoing(request) for request in requests])
 
@@ -207,6 +211,26 @@ class SyncCommandBus:
             raise
         finally:
             del parcel
+
+    def _sending(self, requests: Sequence[SendRequest], *, all_or_none: bool = False) -> Work[list[Receipt]]:
+        return replace(self._bus.sending(requests, all_or_none=all_or_none), wake=self._wake_soon)
+
+    def _wake_soon(self, domains: Collection[str]) -> None:
+        """Do what `wake` does, soon; from any thread, without waiting, without raising.
+
+        Who sends on connections of his own only has never opened this bus. The first commit in a process opens it, in
+        a thread: nobody waits for the connecting, least of all SQLAlchemy, which tells of a commit before it. That
+        thread is no daemon, so that a program that ends at once does not cut the connecting off.
+        """
+        if self._open_in == self.runtime.generation:
+            self._bus._wake_soon(domains)
+        elif not self._closed:
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                Thread(target=self._open_and_wake, args=(domains,), name="commandbus-open", daemon=False).start()
+
+    def _open_and_wake(self, domains: Collection[str]) -> None:
+        with contextlib.suppress(CommandBusError, psycopg.Error):  # they poll as well
+            self.opened()._wake_soon(domains)
 
     def wake(self, *domains: str) -> None:
         """Hint to the workers of these domains that there is work; see `CommandBus.wake`."""

@@ -18,7 +18,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections import deque
@@ -232,6 +231,8 @@ class SyncRuntime:
         """Return the loop; it is started if it does not run yet. Raises `ClosedError`."""
         if self._closed:
             raise ClosedError("the runtime was shut down, or belongs to the process before the fork: make a new one")
+        if _ending:
+            raise ClosedError("the interpreter ends: nobody would shut this runtime down")
         if self._loop is not None:
             return self._loop
         with self._starting:
@@ -271,36 +272,33 @@ class SyncRuntime:
     def shutdown(self, timeout: float = EXIT_SECONDS) -> None:
         """Stop the workers and close the buses of this runtime, cancel what else runs, and end its thread.
 
-        Takes up to `timeout` seconds. Calls that still wait raise `ClosedError`. Shutting down twice is allowed.
+        Takes up to `timeout` seconds, in which the handlers of the workers may still use the buses. Calls that wait at
+        the end raise `ClosedError`. Shutting down twice is allowed.
         """
         if self.is_here:
             raise SyncInAsyncError("a runtime cannot be shut down from its own loop")
         with self._starting:
-            self._closed = True
             loop, thread = self._loop, self._thread
             first, self._winding_up = not self._winding_up, True
+            self._closed = self._closed or loop is None
         if loop is None:
             return
-        if self._foreign is not None:
-            self._close_on_foreign(loop, timeout)
-            return
-        end = time.monotonic() + timeout
-        if first:
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop, timeout)))
-        if thread is not None:
-            thread.join(max(0.0, end - time.monotonic()) + 1)
+        if thread is None:  # it is somebody else's
+            if first and loop.is_running():
+                call = Call(partial(self._close_all, loop, timeout))
+                self.submit(partial(call.start, self._calls), call.fail)
+                wait(call.ended, timeout + 1)
+        else:
+            if first:
+                loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop, timeout)))
+            thread.join(timeout + 1)
             if thread.is_alive():
                 logger.warning("the event loop of commandbus.sync is stuck, and is left behind")
-
-    def _close_on_foreign(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-        """Close what is ours on a loop that is not."""
-        if self._closers and loop.is_running():
-            call = Call(partial(self._close_all, loop, timeout))
-            self.submit(partial(call.start, self._calls), call.fail)
-            wait(call.ended, timeout + 1)
+        self._closed = True
 
     async def _wind_up(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
         await self._close_all(loop, timeout)
+        self._closed = True  # not before: while the workers end, their handlers may send
         tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
         for task in tasks:
             task.cancel()
@@ -371,6 +369,10 @@ _inherited: list[object] = []
 """What the parent of a fork has open: never used, closed or collected here."""
 
 
+_ending: list[bool] = []
+"""Not empty once the hook at exit has run."""
+
+
 def _after_fork() -> None:
     for runtime in list(_runtimes):
         runtime.after_fork()
@@ -378,6 +380,7 @@ def _after_fork() -> None:
 
 def _shut_down_all() -> None:
     logging.getLogger("commandbus").addHandler(logging.NullHandler())  # where no log is kept, it ends without a word
+    _ending.append(True)
     for runtime in list(_runtimes):
         runtime.shutdown()
 

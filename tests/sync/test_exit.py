@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from uuid import UUID
 
 import psycopg
 import pytest
 
 from tests.bus.support import ids, rows
-
-STRICT = [sys.executable, "-X", "dev", "-W", "error"]
+from tests.sync.support_programs import run_program
 
 
 def run(name: str, dsn: str) -> tuple[int, list[UUID], str]:
-    """Run one of `apps/ends.py` to its end; returns its code, what it knows to be sent, and what it said."""
-    program = str(Path(__file__).with_name("apps") / "ends.py")
-    ended = subprocess.run(
-        [*STRICT, program, name, dsn],
-        env=os.environ | {"PYTHONASYNCIODEBUG": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    return ended.returncode, [UUID(line) for line in ended.stdout.split()], ended.stderr
+    """Run one of the programs of `apps/ends.py`."""
+    return run_program("ends.py", name, dsn)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +24,6 @@ def run(name: str, dsn: str) -> tuple[int, list[UUID], str]:
         ("exit_in_a_thread", 2),
         ("send_on_in_a_thread", 21),
         ("send_at_exit", 2),
-        ("begin_at_exit", 1),
         ("send_after_the_end", 1),
         ("use_several_runtimes", 2),
         ("end_in_a_forked_child_too", 3),
@@ -49,6 +34,13 @@ def test_it_ends_without_a_word_and_everything_is_there(name: str, sent: int, ds
     assert (code, said) == (0, "")
     assert len(known) == sent
     assert sorted(ids(db)) == sorted(known)
+
+
+def test_the_first_use_at_exit_is_refused_where_no_thread_can_start(dsn: str, db: psycopg.Connection) -> None:
+    code, known, said = run("begin_at_exit", dsn)
+    assert (code, said) == (0, "")
+    assert len(known) == (sys.version_info[:2] != (3, 12))
+    assert ids(db) == known
 
 
 def test_sys_exit_keeps_its_code(dsn: str, db: psycopg.Connection) -> None:

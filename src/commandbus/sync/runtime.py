@@ -385,5 +385,6 @@ def _shut_down_all() -> None:
         runtime.shutdown()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_shut_down_all)

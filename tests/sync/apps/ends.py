@@ -129,7 +129,12 @@ def send_at_exit() -> None:
 
 def begin_at_exit() -> None:
     """Use the library for the first time in a hook."""
-    atexit.register(send, bus)
+
+    def try_to() -> None:
+        with contextlib.suppress(ClosedError):
+            send(bus)
+
+    atexit.register(try_to)
 
 
 def send_after_the_end() -> None:

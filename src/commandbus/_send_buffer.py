@@ -105,7 +105,10 @@ class Parcel:
             return self.outcomes
         if self.error is None:
             raise OutcomeUnknownError(f"{self.name} may have been sent: send it again with this id", self.first_id)
-        raise self.error
+        try:
+            raise self.error
+        finally:
+            del self  # no cycle of exception, traceback and frame keeps the caller's locals alive
 
     @property
     def fate(self) -> str:

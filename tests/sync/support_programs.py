@@ -20,6 +20,6 @@ def run_program(app: str, *arguments: str) -> tuple[int, list[UUID], str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=100,
     )
     return ended.returncode, [UUID(line) for line in ended.stdout.split()], ended.stderr

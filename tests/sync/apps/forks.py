@@ -74,7 +74,6 @@ def storm(runtime: SyncRuntime | None = None, rounds: int = 10) -> None:
 
     def child() -> None:
         send(bus)
-        send(bus)
         if os.getpid() % 2:
             os._exit(0)
 

@@ -32,6 +32,7 @@ def origins(db: psycopg.Connection) -> None:
         ("fork_while_it_opens", 2),
         ("grandchildren", 3),
         ("worker_before_the_fork", 2),
+        ("terminate_the_child_of_a_worker", 1),
         ("foreign_loop", 1),
         ("multiprocessing_with_fork", 4),
         ("multiprocessing_with_spawn", 4),

@@ -93,15 +93,16 @@ def test_a_thousand_lives_leave_nothing_behind() -> None:
 
 
 def test_a_bus_that_is_opened_and_closed_leaves_nothing_on_its_runtime(runtime: SyncRuntime, dsn: str) -> None:
+    gone = []
     for _ in range(3):
         with SyncCommandBus(dsn, runtime=runtime) as bus:
             bus.send(DOMAIN, "Debit", 1)
-            gone = weakref.ref(bus._bus)
+            gone.append(weakref.ref(bus._bus))
         del bus
     assert runtime._closers == []
     assert runtime._calls == set()
     gc.collect()
-    assert gone() is None
+    assert [found() for found in gone] == [None] * 3
 
 
 @pytest.mark.usefixtures("_no_collector")

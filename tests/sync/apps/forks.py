@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,26 @@ def worker_before_the_fork() -> None:
         ended.clear()
         send(bus)
         ended.wait()  # it still works
+
+
+def terminate_the_child_of_a_worker() -> None:
+    """End a process that a handler has forked, while the worker of the parent waits for signals."""
+    bus, registry = SyncCommandBus(sys.argv[2]), HandlerRegistry()
+    parent = os.getpid()
+
+    @registry.handler(DOMAIN, "Debit")
+    def debit(command: Command, context: SyncHandlerContext) -> int:
+        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        child.start()
+        child.terminate()
+        child.join()
+        os.kill(parent, signal.SIGTERM)
+        if child.exitcode != -signal.SIGTERM:
+            os._exit(4)
+        return 0
+
+    send(bus)
+    SyncWorker(bus, DOMAIN, registry).run()
 
 
 def foreign_loop() -> None:

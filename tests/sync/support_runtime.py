@@ -54,7 +54,7 @@ def in_thread(function: Callable[[], object]) -> Iterator[list[object]]:
         except Exception as error:  # noqa: BLE001 - the test looks at it
             ends.append(error)
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     yield ends
     thread.join(20)

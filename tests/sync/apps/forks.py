@@ -164,8 +164,15 @@ def terminate_the_child_of_a_worker() -> None:
 
     @registry.handler(DOMAIN, "Debit")
     def debit(command: Command, context: SyncHandlerContext) -> int:
-        child = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        lives, tell = os.pipe()
+
+        def hang() -> None:
+            os.write(tell, b"!")
+            threading.Event().wait()
+
+        child = multiprocessing.get_context("fork").Process(target=hang)
         child.start()
+        os.read(lives, 1)
         child.terminate()
         child.join()
         os.kill(parent, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
@@ -10,6 +11,8 @@ from uuid import UUID
 _COUNTER_BITS = 12
 _lock = threading.Lock()
 _last = [0, 0]  # milliseconds, counter
+if hasattr(os, "register_at_fork"):  # else, in a child, a lock that another thread held would never be free again
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def new_id() -> UUID:

@@ -47,7 +47,9 @@ class SyncTroubleshootingQueue:
         **more: P.kwargs,
     ) -> T:
         self._bus.runtime.check(function.__qualname__)
-        return self._bus.runtime.run(partial(function, TroubleshootingQueue(self._bus.opened()), *args, **more))
+        queue = TroubleshootingQueue(self._bus.opened())
+        done: T = self._bus.runtime.join(Call(partial(function, queue, *args, **more)))
+        return done
 
     def _act(
         self, function: Callable[..., Coroutine[Any, Any, BulkResult]], on_progress: OnProgress | None, **more: object
@@ -217,7 +219,7 @@ class _Relay:
         self._told: SimpleQueue[tuple[BulkResult, asyncio.Future[bool | None]] | None] = SimpleQueue()
 
     def run(self, action: Callable[..., Coroutine[Any, Any, BulkResult]]) -> BulkResult:
-        call = self._runtime.begin(self._until_the_end, action)
+        call = self._runtime.begin(Call(partial(self._until_the_end, action)))
         try:
             while (told := self._next(call)) is not None:
                 progress, answer = told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,10 +29,24 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        del _stops[id(stop)]
-        if not _stops:
-            for number, handler in _before.items():
-                signal.signal(number, handler)
+        if _stops.pop(id(stop), None) and not _stops:
+            _restore()
+
+
+def _restore() -> None:
+    for number, handler in _before.items():
+        signal.signal(number, handler)
+
+
+def _after_fork() -> None:
+    """Let signals end a forked child, as `Process.terminate()` wants: the workers are its parent's."""
+    if _stops:
+        _stops.clear()
+        _restore()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _stop_all(_number: int, _frame: object) -> None:

@@ -19,6 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
+from tests import blocking
 from tests.pgbouncer import pgbouncer
 from tests.support import Route, eventually
 
@@ -27,6 +28,11 @@ from tests.support import Route, eventually
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
 _numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What a run can be told."""
+    parser.addoption("--long", action="store_true", help="run the long variants of the tests that have one")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,19 +122,27 @@ def pooler(server: EmbeddedPostgres) -> Iterator[str]:
         yield through
 
 
-@pytest.fixture(params=["direct", "pooled"])
-def route(request: pytest.FixtureRequest, dsn: str) -> Route:
-    """How the bus comes to `dsn`: whoever opens one runs twice, straight and through a transaction pooler."""
-    if request.param == "direct":
+@pytest.fixture(params=["direct", "pooled", "sync"])
+def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Route:
+    """How the bus comes to `dsn`: straight, through a transaction pooler, or straight with the blocking half.
+
+    Whoever opens a bus runs in all three ways. In the third, `CommandBus`, `Worker` and `TroubleshootingQueue` are in
+    the test's module those of `tests/blocking.py`.
+    """
+    if request.param == "sync":
+        for name in blocking.TWINS.keys() & vars(request.module):
+            monkeypatch.setattr(request.module, name, blocking.TWINS[name])
+    if request.param != "pooled":
         return {"dsn": dsn}
     database = conninfo_to_dict(dsn)["dbname"]
     return {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
 
 
 @pytest.fixture
-async def bus(route: Route) -> AsyncIterator[CommandBus]:
+async def bus(request: pytest.FixtureRequest, route: Route) -> AsyncIterator[CommandBus]:
     """An open bus on this test's database."""
-    async with CommandBus(**route) as bus:
+    kind: type[CommandBus] = getattr(request.module, "CommandBus", CommandBus)
+    async with kind(**route) as bus:
         yield bus
 
 

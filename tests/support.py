@@ -14,8 +14,15 @@ T = TypeVar("T")
 Route = dict[str, Any]
 """The arguments by which a `CommandBus` comes to the database of a test."""
 
-direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
+direct_only = pytest.mark.parametrize("route", ["direct", "sync"], indirect=True)
 """Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
+
+
+def async_only(reason: str, *, pooled: bool = True) -> pytest.MarkDecorator:
+    """Mark a test that has no meaning for the blocking half; CONTRIBUTING.md counts them by reason."""
+    assert reason
+    return pytest.mark.parametrize("route", ["direct", "pooled"] if pooled else ["direct"], indirect=True)
+
 
 _POLL = 0.01  # seconds between two looks
 

@@ -20,6 +20,7 @@ from commandbus import (
     SendRequest,
 )
 from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, until
+from tests.support import async_only
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
@@ -79,6 +80,7 @@ async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connectio
     assert ids(db) == [receipt.command_id]
 
 
+@async_only("cancels a task")
 async def test_a_batch_that_is_cancelled_leaves_the_transaction_usable(
     bus: CommandBus, db: Connection, dsn: str
 ) -> None:
@@ -96,6 +98,7 @@ async def test_a_batch_that_is_cancelled_leaves_the_transaction_usable(
     assert ids(db) == [kept.command_id]
 
 
+@async_only("has an async connection")
 async def test_it_can_be_part_of_a_pipeline(bus: CommandBus, db: Connection, dsn: str) -> None:
     async with connect_caller(dsn) as connection, connection.pipeline():
         await bus.send(DOMAIN, "Debit", 1, connection=connection)

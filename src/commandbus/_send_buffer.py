@@ -20,7 +20,7 @@ from commandbus._calls import MAX_BYTES, Outgoing
 from commandbus._database import CALL_SECONDS, Database, execute
 from commandbus._failures import brief, is_connection_lost, is_refusal, is_unavailable, own_copy, refusal
 from commandbus._hints import Hints
-from commandbus.errors import OutcomeUnknownError, SendTimeoutError
+from commandbus.errors import ClosedError, OutcomeUnknownError, SendTimeoutError
 
 logger = logging.getLogger("commandbus.send")
 
@@ -87,6 +87,14 @@ class Parcel:
             message = f"{self.name} was withdrawn after {timeout:.1f} s: it was not sent"
             self.fail(SendTimeoutError(message, self.first_id))
 
+    def abandon(self) -> None:
+        """Give up because the bus or its loop ends."""
+        if self.maybe_sent:
+            message = f"{self.name} may or may not have been sent before the bus was closed: send it again with this id"
+            self.fail(OutcomeUnknownError(message, self.first_id))
+        else:
+            self.fail(ClosedError(f"the bus was closed: {self.name} was not sent"))
+
     def withdraw(self) -> None:
         """Give up because the caller was interrupted, and tell nobody but `fate`."""
         self.expire(0)
@@ -120,9 +128,13 @@ class SendBuffer:
         self._flushing = 0
         self._flushes: set[asyncio.Task[None]] = set()
         self._contended_flush: asyncio.Task[None] | None = None
+        self._draining = False
 
     def put(self, parcel: Parcel) -> None:
         """Take a parcel on its way; on the loop only."""
+        if self._draining:
+            parcel.abandon()
+            return
         self._waiting.append(parcel)
         self._start()
 
@@ -148,10 +160,15 @@ class SendBuffer:
         return parcel.result()
 
     async def drain(self) -> None:
-        """Wait until nothing is under way."""
-        while self._flushes or self._contended_flush is not None:
-            tasks = [*self._flushes, *filter(None, [self._contended_flush])]
-            await asyncio.wait(tasks)
+        """Refuse what comes from now on, and wait until nothing is under way; cancelled, refuse what waits as well."""
+        self._draining = True
+        try:
+            while self._flushes or self._contended_flush is not None:
+                tasks = [*self._flushes, *filter(None, [self._contended_flush])]
+                await asyncio.wait(tasks)
+        finally:
+            for parcel in (*self._waiting, *self._contended):
+                parcel.abandon()
 
     def _start(self) -> None:
         if self._flushing < self._connections:
@@ -185,6 +202,10 @@ class SendBuffer:
             try:
                 await self._try(batch)
                 return
+            except asyncio.CancelledError:  # the loop ends; a blocked thread would hear of it from nobody else
+                for parcel in batch:
+                    parcel.abandon()
+                raise
             except Exception as error:  # noqa: BLE001 - every ending is told to its callers
                 if not await self._sort_out(batch, error):
                     return
@@ -199,7 +220,7 @@ class SendBuffer:
             try:
                 outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS), CALL_SECONDS)
             except BaseException as error:
-                lost = is_connection_lost(error)
+                lost = is_connection_lost(error) or isinstance(error, asyncio.CancelledError)
                 for parcel in batch:
                     parcel.maybe_sent = parcel.maybe_sent or lost
                 raise

@@ -16,7 +16,7 @@ from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus, _receipt
 from commandbus.errors import ClosedError, WrongLoopError
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
-from commandbus.sync.call import SETTLE_SECONDS, wait
+from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 from commandbus.sync.defaults import default_runtime
 from commandbus.sync.runtime import Closer, SyncRuntime
 from commandbus.tracing import Tracing
@@ -61,7 +61,8 @@ class SyncCommandBus:
                 application_name=application_name,
             )
         self._closer: Closer | None = None  # what closes the bus at the shutdown; None: it is not ours to close
-        self._open_in: int | None = None  # the generation of the runtime in which the bus was opened
+        self._made_in = self.runtime.generation  # of forks, in which `_bus` was made
+        self._open_in: int | None = None  # and in which it was opened
         self._closed = False
 
     def open(self) -> None:
@@ -77,10 +78,11 @@ class SyncCommandBus:
         self.runtime.check("CommandBus.close")
         with self.runtime.opening:
             self._closed = True
-            if self._closer is not None and self._open_in == self.runtime.generation and not self.runtime.closed:
+            opened_here = self._open_in == self.runtime.generation and not self.runtime.closed
+            self._open_in = None  # who sends from now on is refused, and does not hold up the end
+            if self._closer is not None and opened_here:
                 self.runtime.disown(self._closer)
-                self.runtime.run(self._bus.close)
-            self._open_in = None
+                self.runtime.join(Call(self._bus.close))
 
     def __enter__(self) -> Self:
         self.open()
@@ -104,21 +106,32 @@ class SyncCommandBus:
         if self._closed:
             raise ClosedError("this bus was closed: make a new one")
         loop = self.runtime.start()
-        stale = self._open_in is not None or self._bus._closed
-        bus = self._bus._fresh() if stale else self._bus
+        bus = self._local()
         if bus._loop is None:
-            self.runtime.run(bus.open)
             self._closer = partial(_close, bus)
-            self.runtime.adopt(self._closer)
+            self.runtime.adopt(self._closer)  # before: Ctrl-C may come when it has just been opened
+            try:
+                self.runtime.join(Call(bus.open))
+            except Exception:
+                self.runtime.disown(self._closer)
+                raise
         elif bus._loop is not loop:
             raise WrongLoopError("this bus was opened on another event loop: give SyncRuntime.of(loop) as runtime")
-        self._bus, self._open_in = bus, self.runtime.generation
+        self._open_in = self.runtime.generation
+
+    def _local(self) -> CommandBus:
+        """Return the async bus, open or not; another one after a fork, which leaves the parent's as it is."""
+        with self.runtime.opening:
+            if self._made_in != self.runtime.generation or self._bus._closed:
+                self._bus, self._made_in = self._bus._fresh(), self.runtime.generation
+            return self._bus
 
     def _call(
         self, function: Callable[Concatenate[CommandBus, P], Coroutine[Any, Any, T]], *args: P.args, **more: P.kwargs
     ) -> T:
         self.runtime.check(function.__qualname__)
-        return self.runtime.run(partial(function, self.opened(), *args, **more))
+        done: T = self.runtime.join(Call(partial(function, self.opened(), *args, **more)))
+        return done
 
     # -- sending -------------------------------------------------------------------------------------------------------
 
@@ -157,7 +170,7 @@ class SyncCommandBus:
             headers=headers,
         )
         if connection is not None:
-            return run_on(connection, self._bus.sending([request]))[0]
+            return run_on(connection, self._local().sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
         return _receipt(outgoing, *self._deliver(bus, [outgoing]))
@@ -166,9 +179,12 @@ class SyncCommandBus:
         """Send any number of commands; see `CommandBus.send_batch`."""
         self.runtime.check("CommandBus.send_batch")
         if connection is not None:
-            return run_on(connection, self._bus.sending(requests, all_or_none=True))
+            return run_on(connection, self._local().sending(requests, all_or_none=True))
         bus = self.opened()
-        return self.runtime.run(bus._send_chunks, [bus._outgoing(request) for request in requests])
+        receipts: list[Receipt] = self.runtime.join(
+            Call(partial(bus._send_chunks, [bus._outgoing(request) for request in requests]))
+        )
+        return receipts
 
     def _deliver(self, bus: CommandBus, outgoings: Sequence[Outgoing]) -> list[str]:
         """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcomes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import sys
 import threading
 import time
@@ -19,10 +20,10 @@ SETTLE_SECONDS = 5.0
 class Call:
     """One call: made in a thread, carried out on the loop."""
 
-    __slots__ = ("_context", "_make", "_task", "done", "ended", "error", "result", "submitted")
+    __slots__ = ("_context", "_given", "_task", "done", "ended", "error", "result", "submitted")
 
-    def __init__(self, make: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._make = make
+    def __init__(self, given: Coroutine[Any, Any, Any] | Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._given = given
         self._context = contextvars.copy_context()
         self._task: asyncio.Task[None] | None = None
         self.submitted = False
@@ -32,14 +33,22 @@ class Call:
         self.ended = threading.Lock()
         self.ended.acquire()
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin, on the loop."""
-        if not self.done:
-            self._task = loop.create_task(self._carry_out(), context=self._context)
+    def start(self, running: set[Call]) -> None:
+        """Begin, on the loop, and be one of these until it has ended."""
+        if self.done:  # the caller has given up long ago
+            self._drop()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._carry_out(), context=self._context)
+        self._task.add_done_callback(lambda _: self._leave(running))
+        running.add(self)
+
+    def _leave(self, running: set[Call]) -> None:
+        running.discard(self)
+        self.fail(asyncio.CancelledError())  # no news, unless it was cancelled before its first step
 
     async def _carry_out(self) -> None:
         try:
-            self._end(await self._make(), None)
+            self._end(await (self._given() if callable(self._given) else self._given), None)
         except BaseException as error:  # noqa: BLE001 - all of it is the caller's
             below = error.__traceback__ and error.__traceback__.tb_next  # this frame holds what holds the exception
             self._end(None, error.with_traceback(below))
@@ -50,16 +59,22 @@ class Call:
             self._task = None
             self.ended.release()
 
+    def _drop(self) -> None:
+        """Close a coroutine that will never be awaited: Python would warn of it."""
+        if inspect.iscoroutine(self._given) and inspect.getcoroutinestate(self._given) == inspect.CORO_CREATED:
+            self._given.close()
+
     def cancel(self) -> None:
         """Cancel, on the loop."""
         if self._task is not None:
             self._task.cancel()
         else:
-            self._end(None, asyncio.CancelledError())
+            self.fail(asyncio.CancelledError())
 
-    def fail(self, error: Exception) -> None:
-        """End it with this error, unless it has ended."""
+    def fail(self, error: BaseException) -> None:
+        """End it with this error, unless it has ended; nothing of it runs any more."""
         self._end(None, error)
+        self._drop()
 
     def expire(self, message: str) -> None:
         """Make a call that was cancelled because it took too long raise `TimeoutError`, unless it has ended."""

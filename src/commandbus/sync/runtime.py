@@ -18,7 +18,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections import deque
@@ -87,6 +86,8 @@ class SyncRuntime:
         self._queue: deque[tuple[Callable[[], object], Callable[[Exception], object]]] = deque()
         self._armed = False
         self._closers: list[Closer] = []
+        self._calls: set[Call] = set()
+        self._winding_up = False
 
     # -- calling -------------------------------------------------------------------------------------------------------
 
@@ -116,18 +117,19 @@ class SyncRuntime:
         """
         return self.join(self._call(function, *args), timeout)
 
-    def begin(self, function: Any, /, *args: Any) -> Call:  # noqa: ANN401 - as `run` takes it
-        """Do what `run` does, up to where it would wait; `join` waits."""
-        call = self._call(function, *args)
-        self._submit(call)
+    def begin(self, call: Call) -> Call:
+        """Start a call, and do not wait: `join` waits. Who calls this has asked `check`."""
+        call.submitted = True
+        self.start()
+        self.submit(partial(call.start, self._calls), call.fail)
         return call
 
     def join(self, call: Call, timeout: float | timedelta | None = None) -> Any:  # noqa: ANN401 - whatever it returned
-        """Wait for a call and return its result; see `run`. Several threads may join one call."""
+        """Start a call unless it was, wait for it and return its result; see `run`. Several threads may join one."""
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         try:
             if not call.submitted:  # in here, so that no moment is left in which Ctrl-C would let it run on
-                self._submit(call)
+                self.begin(call)
             if not wait(call.ended, seconds):
                 self._give_up(call)
                 call.expire(f"the call did not end within {seconds} s: it was cancelled")
@@ -142,19 +144,15 @@ class SyncRuntime:
             del call  # a cycle of exception, traceback and frame would keep the caller's locals alive
 
     def _call(self, function: Any, /, *args: Any) -> Call:  # noqa: ANN401 - as `run` takes it
-        coroutine = function if inspect.iscoroutine(function) else None
+        given = inspect.iscoroutine(function)
         try:
             self.check(getattr(function, "__qualname__", "the async function"))
             self.start()
         except BaseException:
-            if coroutine is not None:
-                coroutine.close()
+            if given:
+                function.close()
             raise
-        return Call((lambda: coroutine) if coroutine is not None else partial(function, *args))
-
-    def _submit(self, call: Call) -> None:
-        call.submitted = True
-        self.submit(partial(call.start, self.start()), call.fail)
+        return Call(function if given else partial(function, *args))
 
     def _give_up(self, call: Call) -> None:
         self.submit(call.cancel, call.fail)
@@ -181,7 +179,7 @@ class SyncRuntime:
             warnings.warn(
                 f"a blocking call stops the event loop of this thread: `await {name}` there",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=_level_of_caller(),
             )
 
     def submit(self, function: Callable[[], object], refuse: Callable[[Exception], object]) -> None:
@@ -233,6 +231,8 @@ class SyncRuntime:
         """Return the loop; it is started if it does not run yet. Raises `ClosedError`."""
         if self._closed:
             raise ClosedError("the runtime was shut down, or belongs to the process before the fork: make a new one")
+        if _ending:
+            raise ClosedError("the interpreter ends: nobody would shut this runtime down")
         if self._loop is not None:
             return self._loop
         with self._starting:
@@ -245,6 +245,9 @@ class SyncRuntime:
                 except RuntimeError as error:  # the interpreter is ending
                     loop.close()
                     raise ClosedError(f"the runtime cannot start: {error}") from None
+                except BaseException:  # Ctrl-C while it waited for the thread, which is there
+                    loop.call_soon_threadsafe(loop.stop)
+                    raise
                 self._loop = loop
             return self._loop
 
@@ -254,6 +257,8 @@ class SyncRuntime:
         finally:
             loop.close()
             self._refuse_all()
+            for call in self._calls:  # that could not be cancelled
+                call.fail(ClosedError("the runtime was shut down"))
 
     def adopt(self, close: Closer) -> None:
         """Call this at the shutdown, with the seconds that are left, and await it; the last adopted first."""
@@ -267,31 +272,33 @@ class SyncRuntime:
     def shutdown(self, timeout: float = EXIT_SECONDS) -> None:
         """Stop the workers and close the buses of this runtime, cancel what else runs, and end its thread.
 
-        Takes up to `timeout` seconds. Calls that still wait raise `ClosedError`. Shutting down twice is allowed.
+        Takes up to `timeout` seconds, in which the handlers of the workers may still use the buses. Calls that wait at
+        the end raise `ClosedError`. Shutting down twice is allowed.
         """
         if self.is_here:
             raise SyncInAsyncError("a runtime cannot be shut down from its own loop")
         with self._starting:
-            self._closed = True
             loop, thread = self._loop, self._thread
-        if loop is None or self._foreign is not None:
+            first, self._winding_up = not self._winding_up, True
+            self._closed = self._closed or loop is None
+        if loop is None:
             return
-        end = time.monotonic() + timeout
-        with contextlib.suppress(RuntimeError):  # closed already
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop, timeout)))
-        if thread is not None:
-            thread.join(max(0.0, end - time.monotonic()) + 1)
+        if thread is None:  # it is somebody else's
+            if first and loop.is_running():
+                call = Call(partial(self._close_all, loop, timeout))
+                self.submit(partial(call.start, self._calls), call.fail)
+                wait(call.ended, timeout + 1)
+        else:
+            if first:
+                loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop, timeout)))
+            thread.join(timeout + 1)
             if thread.is_alive():
                 logger.warning("the event loop of commandbus.sync is stuck, and is left behind")
+        self._closed = True
 
     async def _wind_up(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
-        end = loop.time() + timeout
-        try:
-            async with asyncio.timeout(timeout):
-                while self._closers:
-                    await self._closers.pop()(end - loop.time())
-        except TimeoutError:
-            logger.warning("not everything was closed within %.0f s", timeout)
+        await self._close_all(loop, timeout)
+        self._closed = True  # not before: while the workers end, their handlers may send
         tasks = asyncio.all_tasks(loop) - {asyncio.current_task(loop)}
         for task in tasks:
             task.cancel()
@@ -301,6 +308,21 @@ class SyncRuntime:
         with contextlib.suppress(RuntimeError):  # at exit no thread can be started to wait for those
             await loop.shutdown_default_executor()
         loop.stop()
+
+    async def _close_all(self, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        end = loop.time() + timeout
+        try:
+            async with asyncio.timeout(timeout):
+                while self._closers:
+                    await self._close_one(self._closers.pop(), end - loop.time())
+        except TimeoutError:
+            logger.warning("not everything was closed within %.0f s", timeout)
+
+    async def _close_one(self, close: Closer, seconds: float) -> None:
+        try:
+            await close(seconds)
+        except Exception:
+            logger.exception("something could not be closed; the rest goes on")
 
     def __enter__(self) -> Self:
         return self
@@ -328,9 +350,16 @@ def _policy(given: str | None) -> str:
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return hasattr(shell, "kernel")
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_shell is not None and hasattr(get_shell(), "kernel")
+
+
+def _level_of_caller() -> int:
+    """Return the `stacklevel` for `check` at which the line stands that called the library."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_globals["__name__"].startswith("commandbus.") and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 # -- all runtimes of the process ---------------------------------------------------------------------------------------
@@ -340,12 +369,18 @@ _inherited: list[object] = []
 """What the parent of a fork has open: never used, closed or collected here."""
 
 
+_ending: list[bool] = []
+"""Not empty once the hook at exit has run."""
+
+
 def _after_fork() -> None:
     for runtime in list(_runtimes):
         runtime.after_fork()
 
 
 def _shut_down_all() -> None:
+    logging.getLogger("commandbus").addHandler(logging.NullHandler())  # where no log is kept, it ends without a word
+    _ending.append(True)
     for runtime in list(_runtimes):
         runtime.shutdown()
 

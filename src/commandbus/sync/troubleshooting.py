@@ -9,6 +9,7 @@ from uuid import UUID
 
 from commandbus.model import Command, Json, Page
 from commandbus.sync.bus import SyncCommandBus
+from commandbus.sync.call import Call
 from commandbus.troubleshooting import TroubleshootingQueue
 
 P = ParamSpec("P")
@@ -28,7 +29,9 @@ class SyncTroubleshootingQueue:
         **more: P.kwargs,
     ) -> T:
         self._bus.runtime.check(function.__qualname__)
-        return self._bus.runtime.run(partial(function, TroubleshootingQueue(self._bus.opened()), *args, **more))
+        queue = TroubleshootingQueue(self._bus.opened())
+        done: T = self._bus.runtime.join(Call(partial(function, queue, *args, **more)))
+        return done
 
     def list_troubleshooting(
         self, domain: str, *, command_type: str | None = None, limit: int = 100, cursor: str | None = None

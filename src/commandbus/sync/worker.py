@@ -121,7 +121,7 @@ class SyncWorker:
             raise ConfigurationError("this worker has run: make a new one")
         self._worker.on(self._bus)
         self._generation = self._runtime.generation
-        self._call = self._runtime.begin(self._worker.run)
+        self._call = self._runtime.begin(Call(self._worker.run))
         self._runtime.adopt(self._close)
 
     def stop(self, grace: timedelta | None = None) -> StopReport | None:
@@ -131,9 +131,10 @@ class SyncWorker:
         for, this only asks, and returns None; so it does before the start, and in a process that was forked from the
         worker's. A second call ends the grace.
         """
+        if self._call is not None and self._generation != self._runtime.generation:
+            return None  # it would wake the loop of the parent, with which the child shares the waking socket
         self._worker.stop(grace)
-        elsewhere = self._generation != self._runtime.generation
-        if self._call is None or elsewhere or self._worker.called_by_handler or self._runtime.is_here:
+        if self._call is None or self._worker.called_by_handler or self._runtime.is_here:
             return None
         return self._join()
 

@@ -14,7 +14,7 @@ from commandbus._calls import Outgoing
 from commandbus._connections import run_on
 from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus, _receipt
-from commandbus.errors import ClosedError, WrongLoopError
+from commandbus.errors import ClosedError, CommandBusError, WrongLoopError
 from commandbus.model import AuditEvent, Command, CommandStatus, Json, Page, Receipt, SendRequest, Stat
 from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 from commandbus.sync.defaults import default_runtime
@@ -173,7 +173,7 @@ class SyncCommandBus:
             return run_on(connection, self._local().sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
-        return _receipt(outgoing, *self._deliver(bus, [outgoing]))
+        return self._deliver(bus, outgoing)
 
     def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; see `CommandBus.send_batch`."""
@@ -186,17 +186,19 @@ class SyncCommandBus:
         )
         return receipts
 
-    def _deliver(self, bus: CommandBus, outgoings: Sequence[Outgoing]) -> list[str]:
-        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcomes."""
+    def _deliver(self, bus: CommandBus, outgoing: Outgoing) -> Receipt:
+        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcome."""
         settled = Lock()
         settled.acquire()
-        parcel = Parcel(outgoings, settled.release)
+        parcel = Parcel([outgoing], settled.release)
         try:
             self.runtime.submit(partial(bus._buffer.put, parcel), parcel.fail)
             if not wait(settled, bus._send_timeout):
                 self.runtime.submit(partial(parcel.expire, bus._send_timeout), parcel.fail)
                 wait(settled, SETTLE_SECONDS)
-            return parcel.result()
+            return _receipt(outgoing, *parcel.result())  # in here: Ctrl-C may come after the outcome
+        except CommandBusError:
+            raise
         except BaseException as interruption:
             if interruption is not parcel.error:
                 if parcel.waits:

@@ -22,6 +22,7 @@ from commandbus import (
     HandlerRegistry,
     Receipt,
     RetryPolicy,
+    StopReport,
     Worker,
 )
 from tests.bus.support import DOMAIN, until
@@ -49,7 +50,7 @@ async def echo(command: Command, context: HandlerContext) -> Any:  # noqa: ANN40
 
 
 @contextlib.asynccontextmanager
-async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
+async def running(worker: Worker) -> AsyncIterator[asyncio.Task[StopReport]]:
     """Run a worker; stop it at the end, and see that it does stop."""
     task = asyncio.create_task(worker.run())
     try:

@@ -10,6 +10,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -141,7 +142,7 @@ def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 async def bus(request: pytest.FixtureRequest, route: Route) -> AsyncIterator[CommandBus]:
     """An open bus on this test's database."""
-    kind: type[CommandBus] = getattr(request.module, "CommandBus", CommandBus)
+    kind: Any = blocking.CommandBus if request.node.callspec.params["route"] == "sync" else CommandBus
     async with kind(**route) as bus:
         yield bus
 

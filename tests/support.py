@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import product
 from typing import Any, TypeVar
 
 import pytest
@@ -22,6 +23,14 @@ def async_only(reason: str, *, pooled: bool = True) -> pytest.MarkDecorator:
     """Mark a test that has no meaning for the blocking half; CONTRIBUTING.md counts them by reason."""
     assert reason
     return pytest.mark.parametrize("route", ["direct", "pooled"] if pooled else ["direct"], indirect=True)
+
+
+def by_route(name: str, given: Iterable[Any], *, sync: Iterable[Any], indirect: bool = False) -> pytest.MarkDecorator:
+    """Parametrize with `given`, but for the blocking half with `sync`: it takes no async connection."""
+    pairs = [*product(["direct", "pooled"], given), *product(["sync"], sync)]
+    fixtures = ["route", name] if indirect else ["route"]
+    ids = [f"{route}-{each if isinstance(each, str) else ' '.join(each)}" for route, each in pairs]
+    return pytest.mark.parametrize(("route", name), pairs, indirect=fixtures, ids=ids)
 
 
 _POLL = 0.01  # seconds between two looks

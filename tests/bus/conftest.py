@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from commandbus import _connections
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drop what pairs the blocking bus with an async connection: it refuses those, see `tests/sync`."""
-    items[:] = [item for item in items if not _is_odd_pair(item)]
-
-
-def _is_odd_pair(item: pytest.Item) -> bool:
-    given: dict[str, Any] = (
-        item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    )
-    connection = " ".join([*given.get("way", ()), given.get("caller", "")]).replace("asyncpg", "").lower()
-    return given.get("route") == "sync" and "async" in connection
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -149,3 +151,12 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
     for cls in TWINS.values():
         assert results[cls].keys() == methods(cls)
         assert [name for name, result in results[cls].items() if inspect.isawaitable(result)] == []
+
+
+def test_the_tests_for_the_async_half_only_are_counted() -> None:
+    root = Path(__file__).parents[2]
+    tests = "".join(path.read_text() for path in (root / "tests").glob("*/test_*.py"))
+    marked = Counter(re.findall(r'^@async_only\("(.+?)"', tests, re.MULTILINE))
+    table = (root / "CONTRIBUTING.md").read_text().partition("| Reason to run with the async half only |")[2]
+    listed = re.findall(r"^\| (\w.+) \| (\d+) \|$", table.partition("\n\n")[0], re.MULTILINE)
+    assert {reason: int(count) for reason, count in listed} == marked

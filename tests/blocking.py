@@ -1,7 +1,7 @@
 """The blocking half behind the signatures of the async one, for tests that are written once for both.
 
-Each call is made in a thread. The runtime is the test's own loop: on it run the async handlers and events of the test.
-What has the runtime's own loop and thread is shown in `tests/sync`.
+Each call is made in a thread. A bus has a runtime of its own, with a loop in another thread. Tests of workers take the
+test's own loop for that (`SyncRuntime.of`), because their async handlers wait for what the test does there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from commandbus._database import Database
 from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
 
 _threads = ThreadPoolExecutor(256, "test")  # as many as a test has calls at once: asyncio's own has 6 on two cores
+
+
+runtimes: list[SyncRuntime] = []
+"""Those that a test has made; the fixture `route` shuts them down."""
+
+
+def own_runtime() -> SyncRuntime:
+    runtimes.append(SyncRuntime())
+    return runtimes[-1]
+
+
+def tests_loop() -> SyncRuntime:
+    return SyncRuntime.of(asyncio.get_running_loop())
+
+
+make_runtime: Callable[[], SyncRuntime] = own_runtime
 
 
 class _Awaitable:
@@ -40,7 +56,7 @@ class _Awaitable:
 
 class CommandBus(_Awaitable):
     def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(SyncCommandBus(*args, runtime=SyncRuntime.of(asyncio.get_running_loop()), **more))
+        super().__init__(SyncCommandBus(*args, runtime=make_runtime(), **more))
 
     async def __aenter__(self) -> Self:
         await self.open()

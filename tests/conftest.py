@@ -124,7 +124,7 @@ def pooler(server: EmbeddedPostgres) -> Iterator[str]:
 
 
 @pytest.fixture(params=["direct", "pooled", "sync"])
-def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Route:
+def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Route]:
     """How the bus comes to `dsn`: straight, through a transaction pooler, or straight with the blocking half.
 
     Whoever opens a bus runs in all three ways. In the third, `CommandBus`, `Worker` and `TroubleshootingQueue` are in
@@ -133,10 +133,13 @@ def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPa
     if request.param == "sync":
         for name in blocking.TWINS.keys() & vars(request.module):
             monkeypatch.setattr(request.module, name, blocking.TWINS[name])
-    if request.param != "pooled":
-        return {"dsn": dsn}
-    database = conninfo_to_dict(dsn)["dbname"]
-    return {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
+    if request.param == "pooled":
+        database = conninfo_to_dict(dsn)["dbname"]
+        yield {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
+    else:
+        yield {"dsn": dsn}
+    while blocking.runtimes:
+        blocking.runtimes.pop().shutdown()
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ async def test_a_bus_is_opened_once(route: Route) -> None:
     await bus.close()
 
 
+@async_only("counts on the order of tasks")
 async def test_closing_lets_sends_arrive(route: Route, db: Connection) -> None:
     bus = CommandBus(**route)
     await bus.open()

@@ -58,28 +58,35 @@ class Alarm:
             raise self.rung
 
 
+class Calls:
+    """The calls that are tried; each takes the ids of its commands."""
+
+    def __init__(self, bus: SyncCommandBus) -> None:
+        self.bus = bus
+
+    def send(self, ids: list[UUID]) -> None:
+        self.bus.opened()._send_timeout = timeout() or 30
+        self.bus.send("payments", "Debit", 1, command_id=ids[0])
+
+    def send_batch(self, ids: list[UUID]) -> None:
+        self.bus.opened()._send_timeout = timeout() or 30
+        self.bus.send_batch([SendRequest("payments", "Debit", 1, command_id=one) for one in ids])
+
+    def run(self, ids: list[UUID]) -> None:
+        self.bus.runtime.run(effect, ids[0], timeout=timeout())
+
+
+def timeout() -> float | None:
+    return moments.uniform(0.00001, 0.003) if BY == "timeout" else None
+
+
 def main() -> None:
     bus = SyncCommandBus(DSN)
     bus.open()
     alarm = Alarm()
+    call: Callable[[list[UUID]], None] = getattr(Calls(bus), CALL)
     acknowledged: list[UUID] = []
     interrupted: list[tuple[list[UUID], list[str]]] = []
-
-    def timeout() -> float | None:
-        return moments.uniform(0.00001, 0.003) if BY == "timeout" else None
-
-    def send(ids: list[UUID]) -> None:
-        bus.opened()._send_timeout = timeout() or 30
-        bus.send("payments", "Debit", 1, command_id=ids[0])
-
-    def send_batch(ids: list[UUID]) -> None:
-        bus.opened()._send_timeout = timeout() or 30
-        bus.send_batch([SendRequest("payments", "Debit", 1, command_id=one) for one in ids])
-
-    def run(ids: list[UUID]) -> None:
-        bus.runtime.run(effect, ids[0], timeout=timeout())
-
-    call: Callable[[list[UUID]], None] = {"send": send, "send_batch": send_batch, "run": run}[CALL]
     while len(interrupted) < int(TIMES):
         if BY != "timeout":
             alarm.set()
@@ -96,7 +103,6 @@ def main() -> None:
                 interrupted.append((ids, [str(error)]))
                 break
             acknowledged += ids
-    signal.setitimer(signal.ITIMER_REAL, 0)
     done = list(runs)
     bus.close()
     print(json.dumps({"acknowledged": acknowledged, "interrupted": interrupted, "runs": done}, default=str))  # noqa: T201

@@ -11,6 +11,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -20,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
+from tests import blocking
 from tests.pgbouncer import pgbouncer
 from tests.sql.mutants import MUTANTS
 from tests.support import Route, assert_sound, eventually
@@ -143,19 +145,30 @@ def pooler(server: EmbeddedPostgres) -> Iterator[str]:
         yield through
 
 
-@pytest.fixture(params=["direct", "pooled"])
-def route(request: pytest.FixtureRequest, dsn: str) -> Route:
-    """How the bus comes to `dsn`: whoever opens one runs twice, straight and through a transaction pooler."""
-    if request.param == "direct":
-        return {"dsn": dsn}
-    database = conninfo_to_dict(dsn)["dbname"]
-    return {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
+@pytest.fixture(params=["direct", "pooled", "sync"])
+def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Route]:
+    """How the bus comes to `dsn`: straight, through a transaction pooler, or straight with the blocking half.
+
+    Whoever opens a bus runs in all three ways. In the third, `CommandBus`, `Worker` and `TroubleshootingQueue` are in
+    the test's module those of `tests/blocking.py`.
+    """
+    if request.param == "sync":
+        for name in blocking.TWINS.keys() & vars(request.module):
+            monkeypatch.setattr(request.module, name, blocking.TWINS[name])
+    if request.param == "pooled":
+        database = conninfo_to_dict(dsn)["dbname"]
+        yield {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
+    else:
+        yield {"dsn": dsn}
+    while blocking.runtimes:
+        blocking.runtimes.pop().shutdown()
 
 
 @pytest.fixture
-async def bus(route: Route) -> AsyncIterator[CommandBus]:
+async def bus(request: pytest.FixtureRequest, route: Route) -> AsyncIterator[CommandBus]:
     """An open bus on this test's database."""
-    async with CommandBus(**route) as bus:
+    kind: Any = blocking.CommandBus if request.node.callspec.params["route"] == "sync" else CommandBus
+    async with kind(**route) as bus:
         yield bus
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import product
 from typing import Any, TypeVar
 
 import psycopg
@@ -15,8 +16,25 @@ T = TypeVar("T")
 Route = dict[str, Any]
 """The arguments by which a `CommandBus` comes to the database of a test."""
 
-direct_only = pytest.mark.parametrize("route", ["direct"], indirect=True)
+direct_only = pytest.mark.parametrize("route", ["direct", "sync"], indirect=True)
 """Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
+
+
+def async_only(reason: str, *, pooled: bool = True) -> pytest.MarkDecorator:
+    """Mark a test that has no meaning for the blocking half; CONTRIBUTING.md counts them by reason."""
+    assert reason
+    return pytest.mark.parametrize("route", ["direct", "pooled"] if pooled else ["direct"], indirect=True)
+
+
+def by_route(
+    name: str, given: Iterable[Any], *, sync: Iterable[Any], pooled: bool = True, indirect: bool = False
+) -> pytest.MarkDecorator:
+    """Parametrize with `given`, but for the blocking half with `sync`: it takes no async connection."""
+    pairs = [*product(["direct", "pooled"] if pooled else ["direct"], given), *product(["sync"], sync)]
+    fixtures = ["route", name] if indirect else ["route"]
+    ids = [f"{route}-{each if isinstance(each, str) else ' '.join(each)}" for route, each in pairs]
+    return pytest.mark.parametrize(("route", name), pairs, indirect=fixtures, ids=ids)
+
 
 _POLL = 0.01  # seconds between two looks
 

@@ -116,7 +116,8 @@ class Parcel:
         """What an interrupted caller is told, as a note on its exception."""
         if self.outcomes is not None:
             return f"{self.name} was sent"
-        doubt = self.waits or self.under_way or self.maybe_sent
+        # Not `under_way`: when the caller asks, in its own thread, the statement may have come to its end.
+        doubt = self.waits or self.maybe_sent or isinstance(self.error, OutcomeUnknownError)
         return f"{self.name} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
 
 

@@ -58,9 +58,11 @@ class Caller:
 
     async def send(self, bus: CommandBus, request: SendRequest) -> Receipt:
         """Send one on the connection: through the loop, or in the thread, where none runs."""
+        given = {name: getattr(request, name) for name in ("domain", "command_type", "data", "command_id")}
         if self._thread is None:
-            given = {name: getattr(request, name) for name in ("domain", "command_type", "data", "command_id")}
             return await bus.send(**given, connection=self.connection)
+        if blocking := getattr(bus, "blocking", None):
+            return await self.call(lambda: blocking.send(**given, connection=self.connection))  # type: ignore[no-any-return]
         (receipt,) = await self.call(lambda: run_on(self.connection, bus.sending([request])))
         return receipt  # type: ignore[no-any-return]
 
@@ -68,6 +70,8 @@ class Caller:
         """Send a batch, likewise."""
         if self._thread is None:
             return await bus.send_batch(requests, connection=self.connection)
+        if blocking := getattr(bus, "blocking", None):
+            return await self.call(lambda: blocking.send_batch(requests, connection=self.connection))  # type: ignore[no-any-return]
         work = bus.sending(requests, all_or_none=True)
         return await self.call(lambda: run_on(self.connection, work))  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ import pytest
 from commandbus import CommandBus, CommandStatus, OutcomeUnknownError
 from commandbus import _send_buffer as send_buffer
 from tests.bus.support import DOMAIN, Connect, Connection, bring, ids, one
-from tests.support import Route
+from tests.support import Route, async_only
 
 MINE = "datname = current_database() AND application_name = 'under test'"
 
@@ -113,6 +113,7 @@ async def test_the_budget_of_connections_is_kept(route: Route, connect: Connect)
     assert 2 <= max(seen) <= 3 + 2
 
 
+@async_only("holds a connection of the pool")
 async def test_one_connection_at_a_time(bus: CommandBus, db: Connection) -> None:
     async with bus.database.connection():
         with pytest.raises(RuntimeError, match="holds a connection already"):
@@ -124,6 +125,7 @@ async def test_one_connection_at_a_time(bus: CommandBus, db: Connection) -> None
     assert await bus.count() == len(ids(db)) == 1
 
 
+@async_only("cancels a task")
 async def test_a_cancelled_call_gives_its_connection_back(bus: CommandBus, db: Connection, connect: Connect) -> None:
     blocker = connect()
     blocker.execute("LOCK TABLE commandbus.command IN ACCESS EXCLUSIVE MODE")

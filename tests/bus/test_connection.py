@@ -20,6 +20,7 @@ from commandbus import (
     SendRequest,
 )
 from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, poisonous, until
+from tests.support import async_only, by_route
 
 AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
@@ -38,7 +39,10 @@ class Caller:
             self.connection.execute(statement.encode())
 
 
-@pytest.fixture(params=["async", "blocking"])
+every_caller = by_route("caller", ["async", "blocking"], sync=["blocking"], indirect=True)
+
+
+@pytest.fixture
 async def caller(request: pytest.FixtureRequest, dsn: str) -> AsyncIterator[Caller]:
     async with contextlib.AsyncExitStack() as stack:
         if request.param == "async":
@@ -47,6 +51,7 @@ async def caller(request: pytest.FixtureRequest, dsn: str) -> AsyncIterator[Call
             yield Caller(stack.enter_context(psycopg.connect(dsn)))
 
 
+@every_caller
 async def test_a_commit_sends(bus: CommandBus, db: Connection, caller: Caller) -> None:
     receipt = await bus.send(DOMAIN, "Debit", {"n": 1}, connection=caller.connection)
     assert ids(db) == []
@@ -54,12 +59,14 @@ async def test_a_commit_sends(bus: CommandBus, db: Connection, caller: Caller) -
     assert ids(db) == [receipt.command_id]
 
 
+@every_caller
 async def test_a_rollback_does_not(bus: CommandBus, db: Connection, caller: Caller) -> None:
     await bus.send(DOMAIN, "Debit", {"n": 1}, connection=caller.connection)
     await caller.do("ROLLBACK")
     assert ids(db) == []
 
 
+@every_caller
 async def test_a_savepoint_takes_its_own_sends_back(bus: CommandBus, db: Connection, caller: Caller) -> None:
     kept = await bus.send(DOMAIN, "Debit", 1, connection=caller.connection)
     await caller.do("SAVEPOINT here")
@@ -69,6 +76,7 @@ async def test_a_savepoint_takes_its_own_sends_back(bus: CommandBus, db: Connect
     assert ids(db) == [kept.command_id]
 
 
+@every_caller
 async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connection, caller: Caller) -> None:
     if isinstance(caller.connection, psycopg.AsyncConnection):
         await caller.connection.set_autocommit(True)
@@ -79,6 +87,7 @@ async def test_with_autocommit_it_is_sent_at_once(bus: CommandBus, db: Connectio
     assert ids(db) == [receipt.command_id]
 
 
+@async_only("cancels a task")
 async def test_a_batch_that_is_cancelled_leaves_the_transaction_usable(
     bus: CommandBus, db: Connection, dsn: str
 ) -> None:
@@ -96,6 +105,7 @@ async def test_a_batch_that_is_cancelled_leaves_the_transaction_usable(
     assert ids(db) == [kept.command_id]
 
 
+@async_only("has an async connection")
 async def test_it_can_be_part_of_a_pipeline(bus: CommandBus, db: Connection, dsn: str) -> None:
     async with connect_caller(dsn) as connection, connection.pipeline():
         await bus.send(DOMAIN, "Debit", 1, connection=connection)
@@ -103,6 +113,7 @@ async def test_it_can_be_part_of_a_pipeline(bus: CommandBus, db: Connection, dsn
     assert len(ids(db)) == 2
 
 
+@every_caller
 async def test_the_callers_row_factory_is_left_alone(bus: CommandBus, caller: Caller) -> None:
     caller.connection.row_factory = dict_row
     own = uuid4()
@@ -113,6 +124,7 @@ async def test_the_callers_row_factory_is_left_alone(bus: CommandBus, caller: Ca
     assert caller.connection.row_factory is dict_row
 
 
+@every_caller
 async def test_a_conflict_leaves_the_transaction_usable(bus: CommandBus, db: Connection, caller: Caller) -> None:
     own = uuid4()
     await bus.send(DOMAIN, "Debit", 1, command_id=own, connection=caller.connection)
@@ -122,6 +134,7 @@ async def test_a_conflict_leaves_the_transaction_usable(bus: CommandBus, db: Con
     assert ids(db) == [own]
 
 
+@every_caller
 async def test_data_that_postgresql_refuses_is_an_invalid_command(
     bus: CommandBus, db: Connection, caller: Caller
 ) -> None:
@@ -130,6 +143,7 @@ async def test_data_that_postgresql_refuses_is_an_invalid_command(
         await bus.send(DOMAIN, "Debit", poison, connection=caller.connection)
 
 
+@every_caller
 async def test_a_batch_is_part_of_the_transaction(bus: CommandBus, db: Connection, caller: Caller) -> None:
     requests = [SendRequest(DOMAIN, "Debit", n) for n in range(1200)]
     receipts = await bus.send_batch(requests, connection=caller.connection)
@@ -138,6 +152,7 @@ async def test_a_batch_is_part_of_the_transaction(bus: CommandBus, db: Connectio
     assert sorted(ids(db)) == [receipt.command_id for receipt in receipts]
 
 
+@every_caller
 async def test_an_own_id_needs_read_committed(bus: CommandBus, db: Connection, caller: Caller) -> None:
     await caller.do("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
     await bus.send(DOMAIN, "Debit", 1, connection=caller.connection)
@@ -147,6 +162,7 @@ async def test_an_own_id_needs_read_committed(bus: CommandBus, db: Connection, c
     assert ids(db) == []
 
 
+@every_caller
 async def test_what_the_caller_wrote_goes_with_it(bus: CommandBus, db: Connection, caller: Caller) -> None:
     db.execute("CREATE TABLE account (n int)")
     for end, count in (("ROLLBACK", 0), ("COMMIT", 1)):

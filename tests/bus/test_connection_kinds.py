@@ -24,21 +24,27 @@ from commandbus import (
     SchemaError,
     SendRequest,
 )
-from commandbus._connections import run_on
 from commandbus._failures import driver_error, sqlstate
 from tests.bus.callers import KINDS, Caller, open_caller
 from tests.bus.support import DOMAIN, Connection, ids
-from tests.support import Route
+from tests.support import Route, async_only, by_route
 
 ASYNC = [kind for kind in KINDS if "async" in kind.lower().replace("asyncpg", "")]
+SYNC_WAYS = [(kind, "thread") for kind in KINDS if kind not in ASYNC]
 WAYS = [
     *((kind, "loop") for kind in KINDS if "Django" not in kind),  # Django refuses to block an event loop
     *((kind, "thread") for kind in ("psycopg Connection", "psycopg2 SQLAlchemy Session", "psycopg Django")),
 ]
-TELLING = [way for way in WAYS if "SQLAlchemy" in way[0] or "Django" in way[0]]  # of their commits
 
-every_way = pytest.mark.parametrize("way", WAYS, ids=" ".join)
-every_telling_way = pytest.mark.parametrize("way", TELLING, ids=" ".join)
+
+def telling(ways: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those that tell of their commits."""
+    return [way for way in ways if "SQLAlchemy" in way[0] or "Django" in way[0]]
+
+
+# Not through a pooler: the connections are the caller's own.
+every_way = by_route("way", WAYS, sync=SYNC_WAYS, pooled=False)
+every_telling_way = by_route("way", telling(WAYS), sync=telling(SYNC_WAYS), pooled=False)
 
 
 @pytest.fixture
@@ -201,6 +207,7 @@ async def test_with_autocommit_a_batch_is_all_or_none(bus: CommandBus, db: Conne
     assert sorted(ids(db)) == sorted(receipt.command_id for receipt in receipts)
 
 
+@async_only("has an async connection")
 async def test_the_warning_is_for_the_line_that_sends(bus: CommandBus, dsn: str) -> None:
     for kind in ("psycopg AsyncConnection", "psycopg2 SQLAlchemy Session"):
         async with open_caller(kind, dsn, thread=False, autocommit=True) as caller:
@@ -209,7 +216,7 @@ async def test_the_warning_is_for_the_line_that_sends(bus: CommandBus, dsn: str)
         assert [warning.filename for warning in caught] == [__file__]
 
 
-@pytest.mark.parametrize("kind", ["psycopg Connection", "psycopg AsyncConnection"])
+@by_route("kind", ["psycopg Connection", "psycopg AsyncConnection"], sync=["psycopg Connection"])
 async def test_a_transaction_on_an_autocommit_connection_is_one(
     bus: CommandBus, db: Connection, dsn: str, kind: str
 ) -> None:
@@ -262,15 +269,15 @@ async def test_a_transaction_without_atomic_has_no_hook_and_is_one_all_the_same(
 
 
 @every_telling_way
-async def test_a_commit_after_the_bus_was_closed_is_quiet(dsn: str, caller: Caller, db: Connection) -> None:
-    async with CommandBus(dsn) as bus:
+async def test_a_commit_after_the_bus_was_closed_is_quiet(route: Route, caller: Caller, db: Connection) -> None:
+    async with CommandBus(**route) as bus:
         await caller.send(bus, debit())
-    await caller.send(CommandBus(dsn), debit())  # never opened
+    await caller.send(CommandBus(**route), debit())  # never opened
     await caller.commit()
     assert len(ids(db)) == 2
 
 
-@every_telling_way
+@pytest.mark.parametrize("way", telling(WAYS), ids=" ".join)
 async def test_a_commit_after_the_loop_has_ended_is_quiet(dsn: str, caller: Caller, db: Connection) -> None:
     async def elsewhere() -> CommandBus:
         bus = CommandBus(dsn)
@@ -314,13 +321,13 @@ async def test_the_message_for_anything_else_says_what_is_taken(bus: CommandBus,
     engine.dispose()
 
 
-@pytest.mark.parametrize("kind", ASYNC)
+@by_route("kind", [], sync=ASYNC)
 async def test_an_async_connection_is_refused_where_nothing_can_be_awaited(
     bus: CommandBus, dsn: str, kind: str
 ) -> None:
     async with open_caller(kind, dsn, thread=False) as caller:
         with pytest.raises(ConfigurationError, match=r"an async one \(Async"):
-            run_on(caller.connection, bus.sending([debit()]))
+            await caller.send(bus, debit())
 
 
 async def test_a_closed_connection_is_told_by_its_driver(bus: CommandBus, dsn: str) -> None:

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections import Counter
 
+import psycopg
 import pytest
 
 from commandbus import CommandBus, SendRequest
-from tests.bus.support import DOMAIN, Connection, connect_caller
+from tests.bus.support import DOMAIN, Connection
 from tests.support import Route
 
 
@@ -70,7 +71,7 @@ async def test_a_batch_gives_one_a_domain(bus: CommandBus, hints: Connection) ->
 async def test_a_send_on_a_connection_gives_none_until_it_is_asked(
     bus: CommandBus, hints: Connection, dsn: str
 ) -> None:
-    async with connect_caller(dsn) as connection:
+    with psycopg.connect(dsn) as connection:
         await bus.send(DOMAIN, "Debit", {}, connection=connection)
         await bus.send_batch([SendRequest(DOMAIN, "Debit", {})], connection=connection)
     await bus.wake("marker")

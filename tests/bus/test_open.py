@@ -21,7 +21,7 @@ from commandbus import (
     WrongLoopError,
 )
 from tests.bus.support import DOMAIN, Connection, ids
-from tests.support import Route
+from tests.support import Route, async_only
 
 USES: dict[str, Callable[[CommandBus], Awaitable[Any]]] = {
     "send": lambda bus: bus.send(DOMAIN, "Debit", {}),
@@ -37,6 +37,7 @@ USES: dict[str, Callable[[CommandBus], Awaitable[Any]]] = {
 }
 
 
+@async_only("uses another loop")
 async def test_another_loop_is_refused(bus: CommandBus, db: Connection) -> None:
     async def elsewhere() -> None:
         for use in USES.values():
@@ -47,6 +48,7 @@ async def test_another_loop_is_refused(bus: CommandBus, db: Connection) -> None:
     assert ids(db) == []
 
 
+@async_only("the blocking bus opens by itself")
 async def test_a_bus_is_open_between_open_and_close(route: Route) -> None:
     bus = CommandBus(**route)
     for use in USES.values():
@@ -59,6 +61,7 @@ async def test_a_bus_is_open_between_open_and_close(route: Route) -> None:
             await use(bus)
 
 
+@async_only("the blocking bus opens by itself")
 async def test_a_bus_is_opened_once(route: Route) -> None:
     bus = CommandBus(**route)
     async with bus:
@@ -70,6 +73,7 @@ async def test_a_bus_is_opened_once(route: Route) -> None:
     await bus.close()
 
 
+@async_only("counts on the order of tasks")
 async def test_closing_lets_sends_arrive(route: Route, db: Connection) -> None:
     bus = CommandBus(**route)
     await bus.open()

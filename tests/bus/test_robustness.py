@@ -30,12 +30,13 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, Gate, bring, ids, one, rows, until
-from tests.support import Route, aeventually, direct_only
+from tests.support import Route, aeventually, async_only, direct_only
 from tests.worker.support import running, settled
 
 # ----------------------------------------------------------------------------------------------- cancelled
 
 
+@async_only("cancels a task")
 async def test_a_call_cancelled_on_its_connections_way_back_does_not_lose_it(
     bus: CommandBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +70,7 @@ async def test_a_call_cancelled_on_its_connections_way_back_does_not_lose_it(
     assert await asyncio.wait_for(asyncio.gather(*(use() for _ in range(pool.max_size))), 30) == [1] * pool.max_size
 
 
-@direct_only
+@async_only("cancels a task", pooled=False)
 async def test_a_cancelled_close_closes_the_connections(route: Route, db: Connection) -> None:
     gate = Gate(db)
     gate.shut("Debit")

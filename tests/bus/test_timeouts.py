@@ -13,7 +13,7 @@ import pytest
 from commandbus import CommandBus, CommandBusError, OutcomeUnknownError, Receipt, SendRequest, SendTimeoutError
 from commandbus import _send_buffer as send_buffer
 from tests.bus.support import DOMAIN, Connect, Connection, Gate, ids, lock_table, until
-from tests.support import Route
+from tests.support import Route, async_only
 
 SECOND = timedelta(seconds=1)
 
@@ -63,6 +63,7 @@ async def test_an_unknown_outcome_is_settled_by_sending_the_id_again(route: Rout
     assert ids(db) == [again.command_id]
 
 
+@async_only("cancels a task")
 async def test_a_cancelled_send_says_what_it_knows(route: Route, db: Connection, gate: Gate) -> None:
     slow, quick = uuid4(), uuid4()
     async with CommandBus(**route, flush_connections=1) as bus:
@@ -79,6 +80,7 @@ async def test_a_cancelled_send_says_what_it_knows(route: Route, db: Connection,
     assert ids(db) == [slow]
 
 
+@async_only("cancels a task")
 async def test_a_scope_that_times_out_withdraws(route: Route, db: Connection, gate: Gate) -> None:
     async with CommandBus(**route, flush_connections=1) as bus:
         slow = asyncio.create_task(bus.send(DOMAIN, "Slow", {}))

@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+import psycopg
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
 from commandbus import CommandBus, SendRequest
 from commandbus import _send_buffer as send_buffer
 from commandbus.tracing import OpenTelemetryTracing
-from tests.bus.support import DOMAIN, connect_caller
+from tests.bus.support import DOMAIN
 from tests.support import Route
 
 who: ContextVar[str] = ContextVar("who", default="nobody")
@@ -54,7 +55,7 @@ async def test_every_way_to_send_is_traced(traced: CommandBus, dsn: str) -> None
     who.set("ana")
     request = SendRequest(DOMAIN, "Debit", {}, headers={"a": "b"})
     receipts = await traced.send_batch([request, request])
-    async with connect_caller(dsn) as connection:
+    with psycopg.connect(dsn) as connection:
         receipts.append(await traced.send(DOMAIN, "Debit", {}, headers={"a": "b"}, connection=connection))
     for receipt in receipts:
         assert (await traced.get_command(receipt)).headers == {"who": "ana", "a": "b"}

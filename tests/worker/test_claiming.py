@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
+import psycopg
 import pytest
 
 from commandbus import (
@@ -16,7 +17,7 @@ from commandbus import (
     Worker,
 )
 from commandbus.worker.claimer import Claimer
-from tests.bus.support import DOMAIN, Connect, Connection, connect_caller, one, terminate, until
+from tests.bus.support import DOMAIN, Connect, Connection, one, terminate, until
 from tests.support import direct_only
 from tests.worker.support import (
     HOUR,
@@ -163,7 +164,7 @@ async def test_a_locked_due_command_is_no_reason_to_hurry(
 async def test_what_comes_without_a_hint_is_found(bus: CommandBus, dsn: str) -> None:
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         await settled(bus, await bus.send(DOMAIN, "Debit", 0))
-        async with connect_caller(dsn) as connection:
+        with psycopg.connect(dsn) as connection:
             receipt = await bus.send(DOMAIN, "Debit", 1, connection=connection)
         assert (await settled(bus, receipt)).result == 1
 

@@ -34,7 +34,7 @@ from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.listener import Listener
 from commandbus.worker.renewer import Renewer
 from tests.bus.support import DOMAIN, Connection, one, until
-from tests.support import Route, direct_only
+from tests.support import Route, async_only, direct_only
 from tests.worker.support import (
     AT_ONCE,
     HOUR,
@@ -72,6 +72,7 @@ async def run_out(db: Connection) -> None:
 # ------------------------------------------------------------------------------------------ the end of a worker
 
 
+@async_only("cancels a task")
 async def test_a_second_cancel_while_it_winds_up_leaves_nothing_that_renews(bus: CommandBus, db: Connection) -> None:
     ending, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
     watched = Watched()

@@ -22,7 +22,7 @@ from commandbus import (
     Worker,
 )
 from tests.bus.support import DOMAIN, Connection, expire, lease, until
-from tests.support import Route
+from tests.support import Route, async_only
 from tests.worker.support import (
     HOUR,
     Watched,
@@ -109,6 +109,7 @@ async def test_the_grace_is_bounded(bus: CommandBus, go_on: threading.Event) -> 
         await uncharged(bus, receipt)
 
 
+@async_only("cancels a task")
 async def test_a_cancelled_run_gives_back_what_it_holds(bus: CommandBus) -> None:
     watched = Watched()
     task = asyncio.create_task(Worker(bus, DOMAIN, registry_of(Debit=watched.handler)).run())

@@ -268,9 +268,9 @@ async def test_not_more_at_once_than_there_are_connections(bus: CommandBus, db: 
 
 async def test_a_handler_may_use_the_bus_and_send_in_its_transaction(bus: CommandBus, db: Connection) -> None:
     async def debit(command: Command, context: HandlerContext) -> None:
-        await bus.send(DOMAIN, "Inside", {}, connection=context.connection)
-        await bus.send(DOMAIN, "Outside", {})
-        assert await bus.count(command_type="Inside") == 0
+        await context.bus.send(DOMAIN, "Inside", {}, connection=context.connection)
+        await context.bus.send(DOMAIN, "Outside", {})
+        assert await context.bus.count(command_type="Inside") == 0
         await write(context)
         if context.attempt == 1:
             raise TransientCommandError("LATER")

@@ -194,7 +194,7 @@ class SyncCommandBus:
             return run_on(connection, self._sending([request]))[0]
         bus = self.opened()
         outgoing = bus._outgoing(request)
-        return receipt(outgoing, *self._deliver(bus, [outgoing]))
+        return self._deliver(bus, outgoing)
 
     def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; see `CommandBus.send_batch`."""
@@ -207,17 +207,19 @@ class SyncCommandBus:
         )
         return receipts
 
-    def _deliver(self, bus: CommandBus, outgoings: Sequence[Outgoing]) -> list[str]:
-        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcomes."""
+    def _deliver(self, bus: CommandBus, outgoing: Outgoing) -> Receipt:
+        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcome."""
         settled = Lock()
         settled.acquire()
-        parcel = Parcel(outgoings, settled.release)
+        parcel = Parcel([outgoing], settled.release)
         try:
             self.runtime.submit(partial(bus._buffer.put, parcel), parcel.fail)
             if not wait(settled, bus._send_timeout):
                 self.runtime.submit(partial(parcel.expire, bus._send_timeout), parcel.fail)
                 wait(settled, SETTLE_SECONDS)
-            return parcel.result()
+            return receipt(outgoing, *parcel.result())  # in here: Ctrl-C may come after the outcome
+        except CommandBusError:
+            raise
         except BaseException as interruption:
             if interruption is not parcel.error:
                 if parcel.waits:

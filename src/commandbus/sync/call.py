@@ -103,7 +103,9 @@ class Call:
             del self  # no cycle of exception, traceback and frame keeps the caller's locals alive
 
     def explain(self, interruption: BaseException) -> None:
-        """Tell on the caller's exception what the cancelled call has said of itself."""
+        """Tell on the caller's exception how the call ended, or what it has said of itself when it was cancelled."""
+        if self.done and self.error is None:
+            interruption.add_note("the call had succeeded before that; its result is lost")
         for note in getattr(self.error, "__notes__", ()):
             interruption.add_note(note)
 

@@ -1,0 +1,89 @@
+"""The blocking half behind the signatures of the async one, for tests that are written once for both.
+
+Each call is made in a thread. A bus has a runtime of its own, with a loop in another thread. Tests of workers take the
+test's own loop for that (`SyncRuntime.of`), because their async handlers wait for what the test does there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from typing import Any, Self
+
+from commandbus._database import Database
+from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
+
+_threads = ThreadPoolExecutor(256, "test")  # as many as a test has calls at once: asyncio's own has 6 on two cores
+
+
+runtimes: list[SyncRuntime] = []
+"""Those that a test has made; the fixture `route` shuts them down."""
+
+
+def own_runtime() -> SyncRuntime:
+    runtimes.append(SyncRuntime())
+    return runtimes[-1]
+
+
+def tests_loop() -> SyncRuntime:
+    return SyncRuntime.of(asyncio.get_running_loop())
+
+
+make_runtime: Callable[[], SyncRuntime] = own_runtime
+
+
+class _Awaitable:
+    """Turns each method of a blocking object into one to await."""
+
+    def __init__(self, blocking: Any) -> None:  # noqa: ANN401 - one of three
+        self.blocking = blocking
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.blocking, name)
+        assert callable(method), name
+
+        async def call(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - passes on
+            context = contextvars.copy_context()
+            function = partial(context.run, method, *args, **more)
+            return await asyncio.get_running_loop().run_in_executor(_threads, function)
+
+        return call
+
+
+class CommandBus(_Awaitable):
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(SyncCommandBus(*args, runtime=make_runtime(), **more))
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    @property
+    def database(self) -> Database:
+        """The connections, for a test that looks at them."""
+        return self.blocking.opened().database  # type: ignore[no-any-return]
+
+
+class TroubleshootingQueue(_Awaitable):
+    def __init__(self, bus: CommandBus) -> None:
+        super().__init__(SyncTroubleshootingQueue(bus.blocking))
+
+
+class Worker(_Awaitable):
+    def __init__(self, bus: CommandBus, *args: Any, **more: Any) -> None:
+        super().__init__(SyncWorker(bus.blocking, *args, **more))
+        self.name = self.blocking.name
+
+    def stop(self, grace: timedelta | None = None) -> None:
+        """Ask it to stop, as the async one does, whose `run` tells when it has."""
+        _threads.submit(self.blocking.stop, grace)
+
+
+TWINS = {twin.__name__: twin for twin in (CommandBus, TroubleshootingQueue, Worker)}

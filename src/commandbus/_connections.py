@@ -8,6 +8,7 @@ SQLAlchemy and Django are known by their shape and never imported: who has such 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import itertools
@@ -89,11 +90,17 @@ async def arun_on(connection: Any, work: Work[T]) -> T:  # noqa: ANN401 - whatev
     """Do it on a connection of either colour; a blocking one holds up the event loop for the time."""
     connection = _unscoped(connection)
     if isinstance(connection, psycopg.AsyncConnection):
-        return await drive(work.on(_Psycopg(connection)), lambda call: execute_async(connection, call))
+        # One after the other: a batch that is taken back to its savepoint would take what came between with it.
+        async with _turns.setdefault(connection, asyncio.Lock()):
+            return await drive(work.on(_Psycopg(connection)), lambda call: execute_async(connection, call))
     if _is_async(connection):  # SQLAlchemy's, which lends its blocking twin and awaits where that would block
         done: T = await connection.run_sync(run_on, work)
         return done
     return run_on(connection, work)
+
+
+_turns: WeakKeyDictionary[Any, asyncio.Lock] = WeakKeyDictionary()
+"""Whose turn it is on these async connections."""
 
 
 def drive_blocking(steps: Steps[T], perform: Callable[[Any], Any]) -> T:

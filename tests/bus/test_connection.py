@@ -17,6 +17,7 @@ from commandbus import (
     CommandIdConflictError,
     ConfigurationError,
     InvalidCommandError,
+    Receipt,
     SendRequest,
 )
 from tests.bus.support import DOMAIN, Connection, connect_caller, ids, one, poisonous, until
@@ -180,3 +181,19 @@ async def test_anything_else_is_no_connection(bus: CommandBus, db: Connection, w
     with pytest.raises(ConfigurationError, match=type(wrong).__name__):
         await bus.send_batch([SendRequest(DOMAIN, "Debit", {})], connection=wrong)
     assert ids(db) == []
+
+
+@async_only("has an async connection")
+async def test_a_batch_that_fails_takes_no_send_of_another_task_with_it(
+    bus: CommandBus, db: Connection, dsn: str
+) -> None:
+    poison = poisonous(db)
+    async with connect_caller(dsn) as caller:
+        batch = [*(SendRequest(DOMAIN, "Debit", n) for n in range(50)), SendRequest(DOMAIN, "Debit", poison)]
+        sends = [bus.send(DOMAIN, "Debit", n, connection=caller) for n in range(20)]
+        refused, *receipts = await asyncio.gather(
+            bus.send_batch(batch, connection=caller), *sends, return_exceptions=True
+        )
+    assert isinstance(refused, InvalidCommandError)
+    assert sorted(ids(db)) == sorted(receipt.command_id for receipt in receipts if isinstance(receipt, Receipt))
+    assert len(receipts) == 20

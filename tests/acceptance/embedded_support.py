@@ -94,7 +94,7 @@ def processes(folder: Path) -> dict[int, str]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (process / "cmdline").read_text().replace("\0", " ").strip()
+            command = (process / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
             inside = str((process / "cwd").readlink()).startswith(str(folder))  # OSError for a zombie
             if (inside and command.startswith(("postgres", "/"))) or (
                 "_keeper.py" in command and str(folder) in command

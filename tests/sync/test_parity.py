@@ -18,6 +18,7 @@ from commandbus import (
     CommandStateError,
     HandlerContext,
     HandlerRegistry,
+    TroubleshootingFilter,
     TroubleshootingQueue,
     Worker,
 )
@@ -44,6 +45,7 @@ EXCEPTIONS = {
     "CommandBus.database": PARTS,
     "CommandBus.sending": PARTS,
     "CommandBus.opened": PARTS,
+    "CommandBus.max_data_bytes": "an attribute of the async one",
     "Worker.__enter__": "`start` and `stop`; in asyncio a task of `run` is that",
     "Worker.__exit__": "`start` and `stop`; in asyncio a task of `run` is that",
     "Worker.start": "in asyncio a task of `run` is that",
@@ -144,7 +146,15 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
     started = worker.start()  # type: ignore[func-returns-value] # that is what is tried
     eventually(lambda: bus.get_command(receipt).status.terminal, what="the end of the handler")
     results[SyncWorker] = {"start": started, "stop": worker.stop(), "run": stopped.run()}
-    sample = {"domain": DOMAIN, "command_type": "Debit", "data": {}, "requests": [], "operator": "ana", "reason": "why"}
+    sample: dict[str, object] = {"which": TroubleshootingFilter(DOMAIN), "expected_count": 0}
+    sample |= {
+        "domain": DOMAIN,
+        "command_type": "Debit",
+        "data": {},
+        "requests": [],
+        "operator": "ana",
+        "reason": "why",
+    }
     queue = SyncTroubleshootingQueue(bus)
     results[SyncTroubleshootingQueue] = called(queue, **sample, command_id=receipt.command_id)
     results[SyncCommandBus] = called(bus, **sample, command=receipt)

@@ -131,12 +131,12 @@ class SyncRuntime:
             if not call.submitted:  # in here, so that no moment is left in which Ctrl-C would let it run on
                 self.begin(call)
             if not wait(call.ended, seconds):
-                self._give_up(call)
+                self.abandon(call)
                 call.expire(f"the call did not end within {seconds} s: it was cancelled")
             return call.outcome()
         except BaseException as interruption:
             if not call.done:
-                self._give_up(call)
+                self.abandon(call)
             if interruption is not call.error:
                 call.explain(interruption)
             raise
@@ -154,7 +154,8 @@ class SyncRuntime:
             raise
         return Call(function if given else partial(function, *args))
 
-    def _give_up(self, call: Call) -> None:
+    def abandon(self, call: Call) -> None:
+        """Cancel a call, and await its end, bounded."""
         self.submit(call.cancel, call.fail)
         wait(call.ended, SETTLE_SECONDS)
 

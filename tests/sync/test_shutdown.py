@@ -59,6 +59,20 @@ def test_sends_that_do_not_end_in_time_are_told_apart(
     assert one(db, "SELECT count(*) FROM commandbus.commands WHERE command_type = 'Waits'") == 0
 
 
+def test_a_send_that_comes_while_others_are_awaited_is_refused(
+    runtime: SyncRuntime, bus: SyncCommandBus, gate: Gate, db: psycopg.Connection
+) -> None:
+    gate.shut("Slow")
+    with in_thread(lambda: bus.send(DOMAIN, "Slow", 1)) as ends:
+        eventually(gate.waiting)
+        with in_thread(runtime.shutdown):
+            eventually(lambda: bus._bus._closed)
+            with pytest.raises(ClosedError, match="the bus was closed: command .* was not sent"):
+                bus.send(DOMAIN, "Late", 1)
+            gate.open()
+    assert ids(db) == [end.command_id for end in ends]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("of", ["bus", "runtime"])
 def test_sends_that_keep_coming_do_not_hold_up_the_end(
     runtime: SyncRuntime, bus: SyncCommandBus, db: psycopg.Connection, caplog: pytest.LogCaptureFixture, of: str

@@ -29,26 +29,24 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        if _stops.pop(id(stop), None) and not _stops:
-            _restore()
-
-
-def _restore() -> None:
-    for number, handler in _before.items():
-        signal.signal(number, handler)
-
-
-def _after_fork() -> None:
-    """Let signals end a forked child, as `Process.terminate()` wants: the workers are its parent's."""
-    if _stops:
-        _stops.clear()
-        _restore()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_after_fork)
+        _stops.pop(id(stop), None)
+        if not _stops:
+            for number, handler in _before.items():
+                signal.signal(number, handler)
 
 
 def _stop_all(_number: int, _frame: object) -> None:
     for stop in list(_stops.values()):
         stop()
+
+
+def _after_fork() -> None:
+    """Let signals do here what they did before: the workers are the parent's, and `terminate()` would pass unheard."""
+    if _stops:
+        _stops.clear()
+        for number, handler in _before.items():
+            signal.signal(number, handler)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        del _stops[id(stop)]
+        _stops.pop(id(stop), None)
         if not _stops:
             for number, handler in _before.items():
                 signal.signal(number, handler)
@@ -37,3 +38,15 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 def _stop_all(_number: int, _frame: object) -> None:
     for stop in list(_stops.values()):
         stop()
+
+
+def _after_fork() -> None:
+    """Let signals do here what they did before: the workers are the parent's, and `terminate()` would pass unheard."""
+    if _stops:
+        _stops.clear()
+        for number, handler in _before.items():
+            signal.signal(number, handler)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

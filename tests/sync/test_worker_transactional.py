@@ -285,7 +285,10 @@ def test_an_idle_connection_that_the_server_has_closed_costs_no_attempt(bus: Syn
 
 
 def test_no_connection_is_left_when_the_worker_has_stopped(bus: SyncCommandBus, db: Connection) -> None:
-    with working(bus, registry_of(transactional=True, Debit=lambda _, context: write(context) and None)):
+    def debit(command: Command, context: SyncHandlerContext) -> None:
+        write(context)
+
+    with working(bus, registry_of(transactional=True, Debit=debit)):
         settled(bus, bus.send(DOMAIN, "Debit", {}))
         eventually(lambda: len(handler_sessions(db)) == 1, what="a session of the handler's")
     eventually(lambda: not handler_sessions(db), what="the end of the session")

@@ -190,7 +190,7 @@ class Database:
                 if asyncio.get_running_loop().time() >= end:
                     raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.0f} s") from None
                 continue
-            if dead >= self._pool.max_size or not _hung_up(connection):
+            if dead >= self._pool.max_size or not hung_up(connection):
                 return connection
             dead += 1
             await connection.close()
@@ -257,8 +257,10 @@ def reset_blocking(connection: psycopg.Connection[Any]) -> None:
     connection.execute(_RESET, prepare=False)
 
 
-def _hung_up(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the server has something to say though nothing was asked: in general, that it is going."""
+def hung_up(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
+    """Whether it is closed, or the server says something though nothing was asked: in general, that it is going."""
+    if connection.closed:
+        return True
     if not hasattr(select, "poll"):  # Windows
         return bool(select.select([connection.fileno()], [], [], 0)[0])
     poll = select.poll()

@@ -67,7 +67,7 @@ def test_a_send_that_comes_while_others_are_awaited_is_refused(
         eventually(gate.waiting)
         with in_thread(runtime.shutdown):
             eventually(lambda: bus._bus._closed)
-            with pytest.raises(ClosedError, match="the bus was closed: command .* was not sent"):
+            with pytest.raises(ClosedError, match=r"the bus was closed: command .* was not sent"):
                 bus.send(DOMAIN, "Late", 1)
             gate.open()
     assert ids(db) == [end.command_id for end in ends]  # type: ignore[attr-defined]

@@ -57,7 +57,10 @@ class SyncTroubleshootingQueue:
         """Run an action over a filter; what it tells of its progress is passed on in this thread."""
         self._bus.runtime.check(function.__qualname__)
         action = partial(function, TroubleshootingQueue(self._bus.opened()), **more)
-        return self._bus.runtime.run(action) if on_progress is None else _Relay(self._bus, on_progress).run(action)
+        if on_progress is not None:
+            return _Relay(self._bus, on_progress).run(action)
+        done: BulkResult = self._bus.runtime.join(Call(action))
+        return done
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

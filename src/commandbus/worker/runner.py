@@ -83,6 +83,11 @@ class Runner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def give_back(self, lease: Lease) -> None:
+        """Release this lease, whose handler has not started."""
+        self.ended[Released] += 1
+        self._finish(lease, Released())
+
     async def wait(self, seconds: float) -> None:
         """Wait so long for all handlers to end."""
         if self._tasks:

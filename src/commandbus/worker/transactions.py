@@ -11,7 +11,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._connections import Steps, Work, arun_on, run_on
-from commandbus._database import Database, reset_blocking
+from commandbus._database import Database, hung_up, reset_blocking
 from commandbus._failures import is_refusal
 from commandbus.errors import LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
@@ -105,10 +105,7 @@ class BlockingConnections:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[psycopg.Connection[Any]]:
         """Lend a connection inside a transaction, which ends as the block does."""
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        if connection is None or connection.closed:
-            connection = self._database.connect_blocking()
+        connection = self._connection()
         try:
             with connection.transaction():
                 yield connection
@@ -121,6 +118,17 @@ class BlockingConnections:
                 self._idle.append(connection)
                 return
         connection.close()
+
+    def _connection(self) -> psycopg.Connection[Any]:
+        """Take one that is idle, else connect. After a restart of the server those that are idle are dead."""
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._database.connect_blocking()
+            if not hung_up(connection):
+                return connection
+            connection.close()
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed when it comes back."""

@@ -85,7 +85,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ran = False
         self._stops = 0
-        self._ended_before: Counter[type[Ending]] = Counter()
+        self._ended_before: Counter[type[Ending]] | None = None
         self._hurry = asyncio.Event()
         self._threads = HandlerThreads(self.name)
         self._failure: BaseException | None = None
@@ -121,16 +121,16 @@ class Worker:
         """
         if grace is not None:
             self._grace = grace.total_seconds()
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
-                self._loop.call_soon_threadsafe(self._stop)
-        else:
+        if self._loop is None:
             self._stops += 1
+            return
+        if self._ended_before is None:  # not on the loop, where the handler that asks may have ended by then
+            self._ended_before = self._runner.ended.copy()
+        with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
+            self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
         self._stops += 1
-        if self._stops == 1:
-            self._ended_before = self._runner.ended.copy()
         self._claimer.stop()
         if self._stops > 1:
             self._hurry.set()
@@ -278,7 +278,7 @@ class Worker:
         await self._renewer.stop(_RENEWER_SECONDS)
 
     def _report(self) -> StopReport:
-        ended = self._runner.ended - self._ended_before
+        ended = self._runner.ended - (self._ended_before or Counter())
         released = ended.pop(Released, 0)
         report = StopReport(ended.total(), released, self._threads.stuck())
         logger.info("worker %s has stopped: %d finished, %d released", self.name, report.finished, released)
@@ -304,7 +304,7 @@ class Worker:
             if older is not None:
                 self._lose(older)
             if self._stops:  # claimed while the stop was asked for
-                self._finisher.put(lease, Released())
+                self._runner.give_back(lease)
             else:
                 self._runner.start(lease)
 

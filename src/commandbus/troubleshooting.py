@@ -283,8 +283,8 @@ class _Bulk:
             with refusals_of("a batch of commands"):
                 # Also when this task is cancelled; when it is cancelled again, the call is.
                 self._settle(batch, await call)
-        verdict = self._on_progress(self._result())
-        self._stopped = (await verdict if isinstance(verdict, Awaitable) else verdict) is False
+            verdict = self._on_progress(self._result())
+            self._stopped = (await verdict if isinstance(verdict, Awaitable) else verdict) is False
         if self._wake is not None:
             await self._bus.wake(self._wake)
 

@@ -45,6 +45,10 @@ def slow(command, context):
         time.sleep(0.01)
     return "slow, but done"
 
+@registry.handler("shop", "Relay")
+def relay(command, context):
+    return str(context.bus.send("shop", "Buy", command.data).command_id)
+
 @registry.handler("shop", "Refuse")
 async def refuse(command, context):
     raise PermanentCommandError("NO_STOCK", "none left", {"asked": command.data})

@@ -32,6 +32,14 @@ def test_a_worker_handles_what_is_sent(cli: CommandLine, shop: Path) -> None:
     assert (shop / "out").read_text() == ""
 
 
+def test_a_blocking_handler_sends_what_comes_next(cli: CommandLine, shop: Path) -> None:
+    with worker(cli, shop):
+        first = cli.send("shop", "Relay", '{"n": 2}')
+        eventually(lambda: cli.status(first) == "COMPLETED", what="the first one's end")
+        second = cli.json("show", first)["command"]["result"]
+        eventually(lambda: cli.status(second) == "COMPLETED", what="the end of what it sent")
+
+
 def test_a_worker_of_one_domain_leaves_the_other(cli: CommandLine, shop: Path) -> None:
     other = cli.send("stock", "Log")
     with worker(cli, shop, "--domain", "shop"):

@@ -23,6 +23,7 @@ from commandbus import (
     troubleshooting,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, one, rows, terminate, until
+from tests.support import Route, async_only
 
 EVERYTHING = TroubleshootingFilter(DOMAIN)
 WHO: dict[str, Any] = {"operator": "ana", "reason": "why"}
@@ -173,9 +174,10 @@ async def test_cancel_and_complete_of_many(bus: CommandBus, db: Connection, queu
 
 
 async def test_a_retry_wakes_the_workers_and_a_cancel_does_not(
-    bus: CommandBus, db: Connection, connect: Connect, queue: TroubleshootingQueue
+    bus: CommandBus, route: Route, db: Connection, connect: Connect, queue: TroubleshootingQueue
 ) -> None:
-    await park(bus, db, 2)
+    async with CommandBus(**route) as sender:  # which takes the hints that it owes with it
+        await park(sender, db, 2)
     listener = connect(autocommit=True)
     listener.execute("LISTEN commandbus")
     (first, _) = (await queue.list_troubleshooting(DOMAIN)).items
@@ -212,6 +214,7 @@ async def test_the_set_is_fixed_in_pages(
     assert (await queue.operator_cancel_many(EVERYTHING, expected_count=10, **WHO)).done == 10
 
 
+@async_only("asks the database itself")
 async def test_the_set_is_what_was_parked_at_the_start(bus: CommandBus, db: Connection) -> None:
     """Or its pages would never end while more is parked than read."""
     ids = await park(bus, db, 2)
@@ -292,6 +295,7 @@ async def waiting(db: Connection) -> None:
     await until(lambda: one(db, sql), "a batch that waits for a lock")
 
 
+@async_only("cancels a task")
 async def test_cancelling_lets_the_batch_under_way_end(
     bus: CommandBus, db: Connection, connect: Connect, queue: TroubleshootingQueue
 ) -> None:
@@ -314,6 +318,7 @@ async def test_cancelling_lets_the_batch_under_way_end(
     assert statuses(db) == {"PENDING": 200, "IN_TROUBLESHOOTING_QUEUE": 50}
 
 
+@async_only("cancels a task")
 async def test_cancelling_between_two_batches_ends_it_at_once(
     bus: CommandBus, db: Connection, queue: TroubleshootingQueue
 ) -> None:
@@ -329,6 +334,7 @@ async def test_cancelling_between_two_batches_ends_it_at_once(
     assert caught.value.__notes__ == ["1 of 3 commands are done, 2 are not"]
 
 
+@async_only("cancels a task")
 @pytest.mark.parametrize("ends", ["cancelled twice", "connection broken"])
 async def test_of_a_batch_that_is_broken_off_it_says_that_it_does_not_know(
     bus: CommandBus, db: Connection, connect: Connect, queue: TroubleshootingQueue, ends: str

@@ -25,7 +25,8 @@ from commandbus.demo import run as run_demo
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.errors import CommandBusError, ConfigurationError
 from commandbus.handlers import HandlerRegistry
-from commandbus.worker import Worker
+from commandbus.sync import SyncCommandBus, SyncRuntime
+from commandbus.sync.worker import LoopWorker
 
 
 class LogFormat(StrEnum):
@@ -148,7 +149,7 @@ def worker(
         handlers = _load(registry)
 
         async def work(bus: CommandBus) -> None:
-            await Worker(
+            worker = LoopWorker(
                 bus,
                 domain or handlers.domains,
                 handlers,
@@ -156,7 +157,9 @@ def worker(
                 thread_pool_size=threads,
                 lease=lease_time,
                 grace=grace_time,
-            ).run()
+            )
+            worker.on(SyncCommandBus(bus, runtime=SyncRuntime.of(asyncio.get_running_loop())))
+            await worker.run()
 
         asyncio.run(on_bus(dsn, work, "commandbus worker"))
 

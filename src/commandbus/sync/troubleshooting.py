@@ -219,6 +219,7 @@ class _Relay:
     def __init__(self, bus: SyncCommandBus, on_progress: OnProgress) -> None:
         self._runtime = bus.runtime
         self._on_progress = on_progress
+        self._deaf = False  # the calling thread waits for the end, and answers no more
         self._told: SimpleQueue[tuple[BulkResult, asyncio.Future[bool | None]] | None] = SimpleQueue()
 
     def run(self, action: Callable[..., Coroutine[Any, Any, BulkResult]]) -> BulkResult:
@@ -228,6 +229,7 @@ class _Relay:
                 progress, answer = told
                 self._runtime.submit(partial(_settle, answer, self._on_progress(progress)), answer.set_exception)
         except BaseException as interruption:
+            self._deaf = True
             self._runtime.abandon(call)
             call.explain(interruption)
             raise
@@ -247,6 +249,8 @@ class _Relay:
             self._told.put(None)
 
     async def _tell(self, progress: BulkResult) -> bool | None:
+        if self._deaf:
+            return None
         answer: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
         self._told.put((progress, answer))
         return await answer

@@ -34,8 +34,8 @@ class SyncHandlerContext(BlockingContext[SyncCommandBus]):
     __slots__ = ()
 
 
-class _Worker(Worker):
-    """The worker on the runtime's loop, which gives `def` handlers the blocking bus."""
+class LoopWorker(Worker):
+    """The worker on a loop, which gives `def` handlers the blocking bus."""
 
     blocking_bus: SyncCommandBus
 
@@ -81,7 +81,7 @@ class SyncWorker:
     ) -> None:
         self._bus = bus
         self._runtime = bus.runtime
-        self._worker = _Worker(
+        self._worker = LoopWorker(
             bus._bus,
             domain,
             registry,

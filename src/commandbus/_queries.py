@@ -268,6 +268,8 @@ def max_data_bytes() -> Call[int]:
 def _filter(
     domain: str | None, status: CommandStatus | None = None, command_type: str | None = None
 ) -> tuple[list[str], list[object]]:
+    if status is not None and status not in CommandStatus.__members__:
+        raise InvalidCommandError(f"status is {status!r}: it must be one of {', '.join(CommandStatus)}")
     given = {"domain": domain, "status": status, "command_type": command_type}
     chosen = {column: str(value) for column, value in given.items() if value is not None}
     return [f"{column} = %s" for column in chosen], list(chosen.values())

@@ -356,4 +356,7 @@ def _key(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
         return command.domain, command.command_id
     if command_id is None:
         raise TypeError("give a receipt, or a domain and a command id")
+    given: object = command_id
+    if not isinstance(given, UUID):
+        raise InvalidCommandError(f"command_id is {given!r}: it must be a uuid.UUID")
     return command, command_id

@@ -225,3 +225,17 @@ async def test_verify_has_a_deadline_of_its_own(bus: CommandBus, connect: Connec
         await bus.verify(timeout=timedelta(milliseconds=50))
     blocker.rollback()
     assert await bus.verify() == []
+
+
+@pytest.mark.parametrize("verb", ["get_command", "get_audit_trail", "explain", "cancel"])
+async def test_an_id_is_a_uuid(bus: CommandBus, verb: str) -> None:
+    with pytest.raises(InvalidCommandError, match=r"command_id is 'zzz': it must be a uuid\.UUID"):
+        await getattr(bus, verb)(DOMAIN, "zzz")
+
+
+async def test_a_status_that_does_not_exist_is_refused(bus: CommandBus) -> None:
+    wrong: Any = "pending"
+    with pytest.raises(InvalidCommandError, match="status is 'pending': it must be one of PENDING, SCHEDULED"):
+        await bus.query_commands(status=wrong)
+    with pytest.raises(InvalidCommandError, match="status is 'pending'"):
+        await bus.count(status=wrong)

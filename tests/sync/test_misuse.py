@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import psycopg
 import pytest
 
-from commandbus import Command, CommandBus, CommandStatus, HandlerContext, HandlerRegistry, SendRequest
+from commandbus import Command, CommandBus, CommandStatus, HandlerContext, HandlerRegistry, SendRequest, Worker
 from commandbus.errors import ClosedError, ConfigurationError, SyncInAsyncError, WrongLoopError
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
 from tests.bus.support import DOMAIN, ids
@@ -231,3 +232,15 @@ def test_nothing_is_left_to_be_awaited(runtime: SyncRuntime) -> None:
         runtime.run(coroutine)
     with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):
         asyncio.run(coroutine)
+
+
+def test_each_worker_takes_the_bus_of_its_half(dsn: str, runtime: SyncRuntime) -> None:
+    registry = HandlerRegistry()
+    registry.handler(DOMAIN, "Debit")(lambda command, context: None)
+    with SyncCommandBus(dsn, runtime=runtime) as blocking:
+        mixed: Any = blocking
+        with pytest.raises(ConfigurationError, match="bus is a SyncCommandBus: a Worker needs a CommandBus"):
+            Worker(mixed, DOMAIN, registry)
+    other: Any = CommandBus(dsn)
+    with pytest.raises(ConfigurationError, match="bus is a CommandBus: a SyncWorker needs a SyncCommandBus"):
+        SyncWorker(other, DOMAIN, registry)

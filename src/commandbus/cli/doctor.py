@@ -1,7 +1,7 @@
 """The subcommand `doctor`: asks what `checks` lists, and looks for a pooler.
 
-It only reads, in read-only transactions, and needs no more than the rights of a reader: what the role may not see is
-said to be unseen, and is no failure.
+It only reads, in read-only transactions, and needs no more than the rights of a reader: with less it fails, because
+nobody would look at what it cannot see.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _examine(check: Check, connection: Connection) -> list[Verdict]:
             connection.execute(f"SET LOCAL statement_timeout = '{_CHECK_SECONDS}s'".encode())
             rows = connection.execute(check.query.encode(), {"here": time.time()}).fetchall()
     except psycopg.errors.InsufficientPrivilege as error:
-        return [Verdict(Level.UNSEEN, brief(error), "ask the owner of the database for the right")]
+        if "commandbus.setting" in check.query:  # which is the owner's alone
+            return [Verdict(Level.UNSEEN, brief(error), "ask the owner of the database, if you have to know")]
+        return [Verdict(Level.FAILURE, brief(error), "connect as a role with the rights of commandbus_reader")]
     except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName) as error:
         return [
             Verdict(Level.FAILURE if check.judge is schema else Level.UNSEEN, brief(error), "run `commandbus migrate`")

@@ -79,6 +79,9 @@ class SyncWorker:
         transactional_connections: int = 4,
         middleware: Sequence[Middleware] = (),
     ) -> None:
+        given: object = bus
+        if not isinstance(given, SyncCommandBus):
+            raise ConfigurationError(f"bus is a {type(given).__name__}: a SyncWorker needs a SyncCommandBus")
         self._bus = bus
         self._runtime = bus.runtime
         self._worker = LoopWorker(

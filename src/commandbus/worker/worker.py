@@ -65,6 +65,9 @@ class Worker:
         transactional_connections: int = 4,
         middleware: Sequence[Middleware] = (),
     ) -> None:
+        given: object = bus
+        if not isinstance(given, CommandBus):
+            raise ConfigurationError(f"bus is a {type(given).__name__}: a Worker needs a CommandBus")
         if concurrency < 1 or transactional_connections < 1:
             raise ConfigurationError("concurrency and transactional_connections must be at least 1")
         if lease < timedelta(seconds=1):

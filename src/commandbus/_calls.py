@@ -287,6 +287,12 @@ def transaction(*, last: bool = False) -> Call[str]:
     )
 
 
+def stop_after(seconds: float) -> Call[None]:
+    """Let the server itself end the statements of this transaction that take longer."""
+    milliseconds = min(max(1, round(seconds * 1000)), 2**31 - 1)  # 0 would be without end; an integer holds 24 days
+    return Call("SELECT set_config('statement_timeout', %s, true)", (str(milliseconds),), lambda _: None)
+
+
 def pause(seconds: float) -> Call[None]:
     """Wait on the connection, whatever its colour."""
     return Call("SELECT pg_sleep(%s)", (seconds,), lambda _: None)
@@ -332,7 +338,7 @@ Parked: TypeAlias = tuple[UUID, int]
 def operator_bulk(
     domain: str, verb: str, items: Sequence[Parked], *, operator: str, reason: str | None, value: str | None
 ) -> Call[Answers]:
-    """Retry, cancel or complete these; see `operator_bulk_v1`. Returns done, changed or busy for each."""
+    """Retry, replace, cancel or complete these; see `operator_bulk_v1`. Returns the outcome of each."""
     text = ",".join(f'{{"command_id":"{command_id}","delivery":{delivery}}}' for command_id, delivery in items)
     return Call(
         "SELECT command_id, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, %s, %s)",

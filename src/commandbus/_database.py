@@ -14,7 +14,7 @@ import os
 import re
 import select
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from commandbus._connections import execute_async
 from commandbus._failures import is_connection_lost, unavailable
 from commandbus.errors import (
     ClosedError,
+    CommandBusError,
     ConfigurationError,
     DatabaseUnavailableError,
 )
@@ -69,6 +70,10 @@ _REFUSED_OPTIONS = "unsupported startup parameter"  # PgBouncer's words
 _HOW_TO_POOL = "open the bus with transaction_pooler=True, or set COMMAND_BUS_TRANSACTION_POOLER=1"
 
 _holding: ContextVar[bool] = ContextVar("commandbus_holding_a_connection", default=False)
+
+
+class DeadlineError(psycopg.OperationalError):
+    """A call was severed at its deadline: like any whose connection broke, it may or may not have happened."""
 
 
 class Database:
@@ -196,14 +201,14 @@ class Database:
             await connection.close()
             await self._pool.putconn(connection)
 
-    async def run(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
-        """Run a call once on a pooled connection. See `execute` for what it raises.
+    async def run(self, call: Call[T], timeout: float = CALL_SECONDS, *, long: bool = False) -> T:
+        """Run a call once on a pooled connection. See `execute` for what it raises, `execute_long` for a `long` one.
 
         Cancelling shuts the socket: psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s
         more for its answer.
         """
-        async with self.connection(timeout) as connection:
-            statement = asyncio.ensure_future(execute(connection, call, timeout))
+        async with self.connection(CALL_SECONDS if long else timeout) as connection:
+            statement = asyncio.ensure_future((execute_long if long else execute)(connection, call, timeout))
             try:
                 return await asyncio.shield(statement)
             except asyncio.CancelledError:
@@ -211,11 +216,16 @@ class Database:
                 await asyncio.gather(statement, return_exceptions=True)
                 raise
 
-    async def repeat(self, call: Call[T], timeout: float = CALL_SECONDS) -> T:
-        """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead."""
+    async def repeat(self, call: Call[T], timeout: float = CALL_SECONDS, *, long: bool = False) -> T:
+        """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead.
+
+        Not when it was too slow: what is severed goes on in the server, and would have company.
+        """
         for _ in range(self._pool.max_size):
             try:
-                return await self.run(call, timeout)
+                return await self.run(call, timeout, long=long)
+            except DeadlineError as error:
+                raise DatabaseUnavailableError(str(error)) from None
             except psycopg.Error as error:
                 if not is_connection_lost(error):
                     raise
@@ -238,9 +248,38 @@ async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeo
 
     Raises the library's errors for its SQLSTATEs, else what psycopg raises.
     """
-    timer = asyncio.get_running_loop().call_later(timeout, sever, connection)
-    try:
+    with _severed_after(timeout, connection):
         return await execute_async(connection, call)
+
+
+async def execute_long(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float) -> T:
+    """Run a call that may take long; at the deadline the server ends it, so that nothing of it goes on there.
+
+    Raises `CommandBusError` then, and nothing was written.
+    """
+    try:
+        with _severed_after(timeout + CALL_SECONDS, connection):
+            async with connection.transaction():
+                await execute_async(connection, _calls.stop_after(timeout))
+                return await execute_async(connection, call)
+    except psycopg.errors.QueryCanceled:
+        raise CommandBusError(
+            f"PostgreSQL stopped the call: it took longer than {timeout:g} s, or an administrator cancelled it. "
+            "Nothing was written; try again with more time, or when the database is less busy"
+        ) from None
+
+
+@contextlib.contextmanager
+def _severed_after(timeout: float, connection: psycopg.AsyncConnection[Any]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    timer = loop.call_at(end, sever, connection)
+    try:
+        yield
+    except psycopg.Error as error:
+        if loop.time() >= end and is_connection_lost(error):
+            raise DeadlineError(f"PostgreSQL did not answer within {timeout:g} s") from None
+        raise
     finally:
         timer.cancel()
 

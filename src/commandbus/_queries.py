@@ -40,12 +40,13 @@ def _command(row: Row) -> Command:
     (domain, command_id, command_type, status, data, headers, correlation_id, reply_to, priority, max_attempts,
      attempts, crashes, delivery, result, error, *rest) = row  # fmt: skip
     return Command(
-        domain, command_id, command_type, CommandStatus(status), _json(data), _json(headers), correlation_id, reply_to,
-        priority, max_attempts, attempts, crashes, delivery, _json(result), _error(_json(error)), *rest,
+        domain, command_id, command_type, CommandStatus(status), json_of(data), json_of(headers), correlation_id,
+        reply_to, priority, max_attempts, attempts, crashes, delivery, json_of(result), _error(json_of(error)), *rest,
     )  # fmt: skip
 
 
-def _json(text: str | None) -> Json:
+def json_of(text: str | None) -> Json:
+    """Return the value of JSON text, or words about why Python cannot read it."""
     if text is None:
         return None
     try:
@@ -157,6 +158,35 @@ def fingerprint(domain: str, command_id: UUID) -> Call[str | None]:
     )
 
 
+Seen: TypeAlias = tuple[int, str]
+"""A parked command before an edit: its delivery, and its data as `pretty` shows them."""
+
+
+def parked_data(domain: str, command_id: UUID) -> Call[Seen | None]:
+    """Read what is to be edited, None if the command is not parked."""
+    return Call(
+        "SELECT delivery, jsonb_pretty(data) FROM commandbus.troubleshooting "
+        "WHERE domain = %s AND command_id = %s LIMIT 1",
+        (domain, command_id),
+        lambda rows: (rows[0][0], rows[0][1]) if rows else None,
+    )
+
+
+def pretty(text: str) -> Call[str]:
+    """Write JSON text as PostgreSQL does, which keeps the digits of numbers."""
+    return Call("SELECT jsonb_pretty(%s::jsonb)", (text,), lambda rows: str(rows[0][0]))
+
+
+def edited(domain: str, command_id: UUID, delivery: int) -> Call[tuple[str, str]]:
+    """Read the old and the new data of the edit that followed this delivery."""
+    return Call(
+        "SELECT jsonb_pretty(details -> 'old_data'), jsonb_pretty(details -> 'new_data') FROM commandbus.audit_trail "
+        "WHERE domain = %s AND command_id = %s AND event = 'OPERATOR_RETRIED' AND delivery = %s",
+        (domain, command_id, delivery),
+        lambda rows: (rows[0][0], rows[0][1]),
+    )
+
+
 PageEnd: TypeAlias = tuple[datetime, UUID]
 """Where a page of parked commands ends."""
 
@@ -213,7 +243,7 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
         fields = list(row)
         fields[5] = CommandStatus(row[5]) if row[5] else None
         fields[6] = CommandStatus(row[6])
-        fields[13:] = _error(_json(row[13])), _json(row[14])
+        fields[13:] = _error(json_of(row[13])), json_of(row[14])
         return AuditEvent(*fields)
 
     return Call(

@@ -320,8 +320,9 @@ class CommandBus:
 
         Reads one snapshot and writes nothing, so it may run beside workers; 100,000 commands take about 3 s. Empty when
         all is well; else ordered by domain and id.
+        Raises `CommandBusError` when it has not come to its end within the timeout; PostgreSQL has stopped then, too.
         """
-        return await self.database.run(_queries.verify(), timeout.total_seconds())
+        return await self.database.run(_queries.verify(), timeout.total_seconds(), long=True)
 
     # -- ending --------------------------------------------------------------------------------------------------------
 

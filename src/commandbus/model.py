@@ -273,13 +273,15 @@ class BulkPreview:
 
 @dataclass(frozen=True, slots=True)
 class BulkResult:
-    """How far a bulk action came; the four numbers add up to the count that it was given.
+    """How far a bulk action came; the five numbers add up to the count that it was given.
 
-    `changed`: left alone, for they were no longer parked, or parked anew, since the set was fixed. `busy`: locked by
-    somebody else. `remaining`: not tried, because it was stopped.
+    `changed`: left alone, for they were no longer parked, or parked anew, since the set was fixed. `refused`: left
+    alone, for their patched data would break a limit. `busy`: locked by somebody else. `remaining`: not tried, because
+    it was stopped.
     """
 
     done: int
     changed: int
+    refused: int
     busy: int
     remaining: int

@@ -32,9 +32,10 @@ from commandbus.model import (
 OnProgress: TypeAlias = Callable[[BulkResult], bool | Awaitable[bool | None] | None]
 
 _MAX_BATCH = 200
+_MAX_BATCH_BYTES = 8 << 20  # of data or results that are written anew; 176 ms for one of 1 MiB
 _BATCHES_PER_SECOND = 10
 _BUSY_PAUSES = (0.1, 0.4, 1.6)  # seconds before each further look at what is locked
-_SCAN_SECONDS = 60.0  # for what may walk over all that is parked; 100,000 are grouped in 1.5 s
+_LONG_SECONDS = 60.0  # for what may walk over all that is parked, of which 100,000 are grouped in 1.5 s; and a batch
 
 
 class TroubleshootingQueue:
@@ -111,7 +112,7 @@ class TroubleshootingQueue:
 
     async def preview(self, which: TroubleshootingFilter) -> BulkPreview:
         """Tell what an action over this filter would act on, and change nothing."""
-        groups = await self._bus.database.repeat(_queries.groups(which), _SCAN_SECONDS)
+        groups = await self._bus.database.repeat(_queries.groups(which), _LONG_SECONDS, long=True)
         return BulkPreview(
             sum(group.count for group in groups),
             min((group.oldest_parked_at for group in groups), default=None),
@@ -161,10 +162,12 @@ class TroubleshootingQueue:
         """Put them back: `IN_TROUBLESHOOTING_QUEUE -> PENDING`, with a full budget of attempts.
 
         `patch`, unless None, is a JSON merge patch (RFC 7396) of the data of each; the audit trail keeps old and new.
+        One whose data would break a limit then is left alone, and counted as `refused`.
         """
         text = None if patch is None else encode(patch, "patch")
         act = partial(_calls.operator_bulk, which.domain, "retry", operator=operator, reason=reason, value=text)
-        bulk = _Bulk(self._bus, act, per_second, on_progress, wake=which.domain)
+        pace = _Pace(per_second, 0 if patch is None else self._bus.max_data_bytes)
+        bulk = _Bulk(self._bus, act, pace, on_progress, wake=which.domain)
         return await bulk.run(await self._fix(which, expected_count))
 
     async def operator_cancel_many(
@@ -179,7 +182,7 @@ class TroubleshootingQueue:
     ) -> BulkResult:
         """Give them up: `IN_TROUBLESHOOTING_QUEUE -> CANCELED`."""
         act = partial(_calls.operator_bulk, which.domain, "cancel", operator=operator, reason=reason, value=None)
-        bulk = _Bulk(self._bus, act, per_second, on_progress)
+        bulk = _Bulk(self._bus, act, _Pace(per_second), on_progress)
         return await bulk.run(await self._fix(which, expected_count))
 
     async def operator_complete_many(
@@ -196,16 +199,16 @@ class TroubleshootingQueue:
         """Note that the work was done by hand: `IN_TROUBLESHOOTING_QUEUE -> COMPLETED`, each with this result."""
         text = None if result_data is None else encode(result_data, "result_data")
         act = partial(_calls.operator_bulk, which.domain, "complete", operator=operator, reason=reason, value=text)
-        bulk = _Bulk(self._bus, act, per_second, on_progress)
+        bulk = _Bulk(self._bus, act, _Pace(per_second, len(text or "")), on_progress)
         return await bulk.run(await self._fix(which, expected_count))
 
     async def _fix(self, which: TroubleshootingFilter, expected_count: int) -> list[Parked]:
         """Return what the filter finds, the longest parked first. What is parked from now on is another day's work."""
         database = self._bus.database
         until = await database.repeat(_queries.clock())
-        found, end = await database.repeat(_queries.parked_page(which, until, None), _SCAN_SECONDS)
+        found, end = await database.repeat(_queries.parked_page(which, until, None), _LONG_SECONDS, long=True)
         while end is not None:
-            page, end = await database.repeat(_queries.parked_page(which, until, end), _SCAN_SECONDS)
+            page, end = await database.repeat(_queries.parked_page(which, until, end), _LONG_SECONDS, long=True)
             found += page
         if len(found) != expected_count:
             raise CommandStateError(
@@ -218,12 +221,13 @@ class TroubleshootingQueue:
 class _Pace:
     """At most so many a second, evenly: what came late is not caught up with a burst."""
 
-    def __init__(self, per_second: float | None) -> None:
+    def __init__(self, per_second: float | None, bytes_each: int = 0) -> None:
         if per_second is not None and not per_second > 0:
             raise InvalidCommandError(f"per_second is {per_second}: it must be above 0")
         self._per_second = per_second or inf
         self._free_at = 0.0
-        self.batch = max(1, round(min(_MAX_BATCH, self._per_second / _BATCHES_PER_SECOND)))
+        fitting = _MAX_BATCH_BYTES // max(1, bytes_each)
+        self.batch = max(1, round(min(_MAX_BATCH, fitting, self._per_second / _BATCHES_PER_SECOND)))
 
     def pause(self, count: int, now: float) -> float:
         """Return how many seconds from now the next `count` may begin."""
@@ -239,13 +243,13 @@ class _Bulk:
         self,
         bus: CommandBus,
         act: Callable[[list[Parked]], Call[Answers]],
-        per_second: float | None,
+        pace: _Pace,
         on_progress: OnProgress | None,
         wake: str | None = None,
     ) -> None:
         self._bus = bus
         self._act = act
-        self._pace = _Pace(per_second)
+        self._pace = pace
         self._on_progress = on_progress or (lambda _: None)
         self._wake = wake
         self._outcomes = Counter[str]()
@@ -276,7 +280,7 @@ class _Bulk:
         batch = list(islice(self._left, self._pace.batch))
         await asyncio.sleep(self._pace.pause(len(batch), asyncio.get_running_loop().time()))
         self._unknown = len(batch)
-        call = asyncio.ensure_future(self._bus.database.run(self._act(batch)))
+        call = asyncio.ensure_future(self._bus.database.run(self._act(batch), _LONG_SECONDS, long=True))
         try:
             await asyncio.shield(call)
         finally:
@@ -299,7 +303,8 @@ class _Bulk:
         self._unknown = 0
 
     def _result(self) -> BulkResult:
-        return BulkResult(self._outcomes["done"], self._outcomes["changed"], len(self._busy), len(self._left))
+        done, changed, refused = (self._outcomes[outcome] for outcome in ("done", "changed", "refused"))
+        return BulkResult(done, changed, refused, len(self._busy), len(self._left))
 
     def _so_far(self, total: int) -> str:
         done = self._outcomes["done"]

@@ -156,9 +156,9 @@ def test_edit_in_an_editor(cli: CommandLine, park: Park, editor: Path) -> None:
     command_id = park('{"to": "Änne", "n": 1}')
     env = edit_by(editor, """sed -i 's/1/2/' "$2" """)
     shown = cli("troubleshooting", "edit", "shop", command_id, "--operator", "ana", "--reason", "typo", env=env).stdout
-    assert (editor.parent / "seen").read_text() == '{\n  "n": 1,\n  "to": "Änne"\n}\n'
+    assert (editor.parent / "seen").read_text() == '{\n    "n": 1,\n    "to": "Änne"\n}\n'
     assert shown.splitlines()[2:] == [
-        "@@ -1,4 +1,4 @@", " {", '-  "n": 1,', '+  "n": 2,', '   "to": "Änne"', " }", f"retried {command_id}",
+        "@@ -1,4 +1,4 @@", " {", '-    "n": 1,', '+    "n": 2,', '     "to": "Änne"', " }", f"retried {command_id}",
     ]  # fmt: skip
     assert not Path((editor.parent / "path").read_text().strip()).parent.exists()
     story = cli.json("show", command_id)
@@ -176,12 +176,53 @@ def test_edit_with_new_data_or_a_patch(cli: CommandLine, park: Park) -> None:
     assert cli.look("data", second) == [1]
 
 
+def as_sent_by_sql(db: psycopg.Connection, command_id: str, data: str) -> str:
+    """Give the command the data that only SQL could have sent; returns its id."""
+    sql = "UPDATE commandbus.command SET data = %(data)s, data_hash = commandbus._data_hash(command_type, %(data)s)"
+    db.execute(sql, {"data": data})
+    return command_id
+
+
+EXACT = '{"amount": 12345678901234567.25, "price": 1.10, "n": 1}'
+
+
+@pytest.mark.parametrize("by", ["patch", "data", "editor"])
+def test_numbers_keep_the_digits_that_nobody_edited(
+    cli: CommandLine, park: Park, db: psycopg.Connection, editor: Path, by: str
+) -> None:
+    command_id = as_sent_by_sql(db, park(), EXACT)
+    options = {"patch": ("--patch", '{"n": 2}'), "data": ("--data", EXACT.replace(": 1}", ": 2}")), "editor": ()}
+    env = edit_by(editor, """sed -i 's/: 1,/: 2,/' "$2" """)
+    shown = cli("troubleshooting", "edit", "shop", command_id, *options[by], env=env).stdout
+    (text,) = (
+        db.execute("SELECT data::text FROM commandbus.commands WHERE command_id = %s", [command_id]).fetchone() or ()
+    )
+    assert text == '{"n": 2, "price": 1.10, "amount": 12345678901234567.25}'
+    assert '-    "n": 1' in shown
+
+
+@pytest.mark.parametrize("big", ["9" * 5001, "1" + "0" * 5000])
+def test_what_python_cannot_read_can_be_edited(cli: CommandLine, park: Park, db: psycopg.Connection, big: str) -> None:
+    command_id = as_sent_by_sql(db, park(), f'{{"keep": "me", "big": {big}}}')
+    cli("troubleshooting", "edit", "shop", command_id, "--patch", '{"big": 2}')
+    assert cli.look("data", command_id) == {"keep": "me", "big": 2}
+
+
+def test_an_edit_of_what_is_locked_is_told(cli: CommandLine, park: Park) -> None:
+    command_id = park('{"n": 1}')
+    with psycopg.connect(cli.dsn) as other:
+        other.execute("SELECT commandbus.operator_cancel_v1('shop', %s, 'bob', 'why')", [command_id])
+        refused = cli("troubleshooting", "edit", "shop", command_id, "--patch", '{"n": 2}', code=1).stderr
+        other.rollback()
+    assert "is locked by another transaction: nothing was done" in refused
+    assert cli.look("data", command_id) == {"n": 1}
+
+
 @pytest.mark.parametrize(
     ("does", "code", "says"),
     [
         ("exit 3", 1, "the editor ended with 3: nothing was done"),
         (":", 2, "would keep its data"),
-        ('echo null > "$2"', 2, "null"),
         ('rm "$2"', 4, "the editor cannot be used"),
     ],
 )
@@ -194,14 +235,17 @@ def test_an_edit_that_comes_to_nothing_changes_nothing(  # noqa: PLR0917
     assert not Path((editor.parent / "path").read_text().strip()).parent.exists()
 
 
-def test_what_is_no_json_is_kept_in_its_file(cli: CommandLine, park: Park, editor: Path) -> None:
+@pytest.mark.parametrize("left", ['{"n": canary', "null", '"canary \\ud800"', "[" * 65 + "]" * 65, '"can\udce4ry"'])
+def test_what_cannot_be_the_data_is_kept_in_its_file(cli: CommandLine, park: Park, editor: Path, left: str) -> None:
     command_id = park('{"n": 1}')
-    env = edit_by(editor, """echo '{"n": canary' > "$2" """)
+    (editor.parent / "left").write_text(left, errors="surrogateescape")
+    env = edit_by(editor, f'cat "{editor.parent}/left" > "$2"')
     refused = cli("troubleshooting", "edit", "shop", command_id, code=2, env=env).stderr
     path = Path((editor.parent / "path").read_text().strip())
     assert f"--data @{path}" in refused
     assert "canary" not in refused
-    assert (path.read_text(), path.parent.stat().st_mode & 0o077) == ('{"n": canary\n', 0)
+    kept = path.read_text(errors="surrogateescape")
+    assert (kept, path.parent.stat().st_mode & 0o077) == (left, 0)
     assert cli.status(command_id) == PARKED
 
 
@@ -225,6 +269,7 @@ def test_an_edit_of_what_somebody_else_has_retried_meanwhile(cli: CommandLine, p
     env = edit_by(editor, f"""sed -i 's/1/2/' "$2"; {sys.executable} "{editor.parent}/meanwhile.py" """)
     refused = cli("troubleshooting", "edit", "shop", command_id, code=1, env=env).stderr
     assert "was parked anew while you edited it: nothing was done" in refused
+    assert Path((editor.parent / "path").read_text().strip()).exists()
     assert (cli.status(command_id), cli.look("data", command_id)) == (PARKED, {"n": 7})
 
 

@@ -142,3 +142,11 @@ def test_verify_prints_what_it_finds_and_ends_with_1(cli: CommandLine, db: psyco
         "commands": 2,
         "violations": [{"violation": "wrong_attempts", "domain": "shop", "command_id": broken, "detail": detail}],
     }
+
+
+def test_verify_stops_when_its_time_is_over(cli: CommandLine, db: psycopg.Connection) -> None:
+    with db.transaction():
+        db.execute("LOCK TABLE commandbus.command_history")
+        refused = cli("verify", "--timeout", "50ms", code=1).stderr
+    assert "took longer than 0.05 s" in refused
+    assert "Nothing was written" in refused

@@ -7,14 +7,15 @@ from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
-import psycopg
 import pytest
 
 from commandbus import (
     Command,
     CommandBus,
+    CommandBusError,
     CommandNotFoundError,
     CommandStatus,
+    DatabaseUnavailableError,
     Error,
     InvalidCommandError,
     SendRequest,
@@ -23,7 +24,9 @@ from commandbus import (
     Waiting,
     WaitingReason,
 )
-from tests.bus.support import DOMAIN, Connect, Connection, bring, complete, expire, fail, lease, rows
+from commandbus._calls import Call
+from tests.bus.support import DOMAIN, Connect, Connection, bring, complete, expire, fail, lease, one, rows, terminate
+from tests.support import async_only
 
 
 async def all_pages(bus: CommandBus, limit: int, **filters: Any) -> list[list[Command]]:
@@ -221,8 +224,9 @@ async def test_verify_names_what_cannot_be(bus: CommandBus, db: Connection) -> N
 async def test_verify_has_a_deadline_of_its_own(bus: CommandBus, connect: Connect) -> None:
     blocker = connect()
     blocker.execute("LOCK TABLE commandbus.command_history")
-    with pytest.raises(psycopg.OperationalError):
+    with pytest.raises(CommandBusError, match=r"took longer than 0\.05 s") as caught:
         await bus.verify(timeout=timedelta(milliseconds=50))
+    assert not isinstance(caught.value, DatabaseUnavailableError)
     blocker.rollback()
     assert await bus.verify() == []
 
@@ -239,3 +243,21 @@ async def test_a_status_that_does_not_exist_is_refused(bus: CommandBus) -> None:
         await bus.query_commands(status=wrong)
     with pytest.raises(InvalidCommandError, match="status is 'pending'"):
         await bus.count(status=wrong)
+
+
+@async_only("runs a call of its own on the pool")
+async def test_what_is_too_slow_is_not_begun_again(bus: CommandBus, connect: Connect) -> None:
+    """What was severed goes on in the server: six of a slow query are worse than one."""
+    slow = Call("SELECT pg_sleep(3600) -- too slow", (), len)
+    with pytest.raises(DatabaseUnavailableError, match=r"did not answer within 0\.05 s"):
+        await bus.database.repeat(slow, 0.05)
+    assert len(terminate(connect(autocommit=True), "-- too slow")) == 1
+
+
+@async_only("runs a call of its own on the pool")
+async def test_what_may_take_long_is_stopped_in_the_server(bus: CommandBus, connect: Connect) -> None:
+    slow = Call("SELECT pg_sleep(3600) -- may take long", (), len)
+    with pytest.raises(CommandBusError, match="Nothing was written"):
+        await bus.database.repeat(slow, 0.05, long=True)
+    running = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%%pg_sleep(3600)%%'"
+    assert one(connect(), f"{running} AND pid <> pg_backend_pid()") == 0

@@ -148,8 +148,8 @@ async def test_retry_of_many_with_a_patch(bus: CommandBus, db: Connection, queue
         on_progress=seen.append, **WHO,
     )  # fmt: skip
 
-    assert result == BulkResult(250, 0, 0, 0)
-    assert seen == [BulkResult(200, 0, 0, 50), result]
+    assert result == BulkResult(250, 0, 0, 0, 0)
+    assert [so_far.done for so_far in seen] == [*range(32, 250, 32), 250]
     assert statuses(db) == {"PENDING": 250, "IN_TROUBLESHOOTING_QUEUE": 1}
     assert {json.dumps((await bus.get_command(DOMAIN, i)).data) for i in (ids[0], ids[-1])} == {'{"amount": 2}'}
     event = (await bus.get_audit_trail(DOMAIN, ids[7]))[-1]
@@ -243,7 +243,7 @@ async def test_what_is_parked_later_is_not_acted_on(
 
     result = await queue.operator_cancel_many(EVERYTHING, expected_count=2, per_second=10, on_progress=meanwhile, **WHO)
 
-    assert result == BulkResult(1, 1, 0, 0)
+    assert result == BulkResult(1, 1, 0, 0, 0)
     assert (await bus.get_command(DOMAIN, first)).status == "CANCELED"
     assert [event.operator for event in await bus.get_audit_trail(DOMAIN, second) if event.operator] == ["bob"]
 
@@ -263,8 +263,8 @@ async def test_a_locked_command_is_tried_again_at_the_end(
 
     result = await queue.operator_retry_many(EVERYTHING, expected_count=5, on_progress=look, **WHO)
 
-    assert result == BulkResult(5, 0, 0, 0)
-    assert seen == [BulkResult(4, 0, 1, 0), BulkResult(4, 0, 1, 0), result]
+    assert result == BulkResult(5, 0, 0, 0, 0)
+    assert seen == [BulkResult(4, 0, 0, 1, 0), BulkResult(4, 0, 0, 1, 0), result]
 
 
 async def test_a_command_that_stays_locked_is_left_alone(
@@ -274,7 +274,35 @@ async def test_a_command_that_stays_locked_is_left_alone(
     ids = await park(bus, db, 5)
     holder = connect()
     rows(holder, "SELECT commandbus.operator_cancel_v1(%s, %s, 'bob', 'no')", DOMAIN, ids[3])
-    assert await queue.operator_retry_many(EVERYTHING, expected_count=5, **WHO) == BulkResult(4, 0, 1, 0)
+    assert await queue.operator_retry_many(EVERYTHING, expected_count=5, **WHO) == BulkResult(4, 0, 0, 1, 0)
+
+
+async def test_what_a_patch_would_make_too_large_is_counted_as_refused(
+    bus: CommandBus, db: Connection, queue: TroubleshootingQueue
+) -> None:
+    """In one batch with others, which it does not hold up."""
+    (large,) = await park(bus, db, 1, data={"n": "x" * 262_100})
+    await park(bus, db, 3)
+
+    result = await queue.operator_retry_many(EVERYTHING, expected_count=4, patch={"a": "y" * 40}, **WHO)
+
+    assert result == BulkResult(3, 0, 1, 0, 0)
+    assert (await bus.get_command(DOMAIN, large)).status == "IN_TROUBLESHOOTING_QUEUE"
+
+
+async def test_what_is_written_anew_goes_in_batches_of_some_megabytes(
+    bus: CommandBus, db: Connection, queue: TroubleshootingQueue
+) -> None:
+    """With a patch as many as fit if each is as large as the database allows, with a result as many as it fits."""
+    seen: list[int] = []
+    act: dict[str, Any] = {"on_progress": lambda result: seen.append(result.done)} | WHO
+    await park(bus, db, 10)
+    await queue.operator_complete_many(EVERYTHING, expected_count=10, result_data="x" * 1_000_000, **act)
+    assert seen == [8, 10]
+    seen.clear()
+    await park(bus, db, 40)
+    await queue.operator_retry_many(EVERYTHING, expected_count=40, patch={"a": 1}, **act)
+    assert seen == [32, 40]
 
 
 # -- ending early ------------------------------------------------------------------------------------------------------
@@ -285,7 +313,7 @@ async def test_on_progress_stops_it(bus: CommandBus, db: Connection, queue: Trou
     result = await queue.operator_cancel_many(
         EVERYTHING, expected_count=10, per_second=30, on_progress=lambda so_far: so_far.done < 6, **WHO
     )
-    assert result == BulkResult(6, 0, 0, 4)
+    assert result == BulkResult(6, 0, 0, 0, 4)
     assert statuses(db) == {"CANCELED": 6, "IN_TROUBLESHOOTING_QUEUE": 4}
 
 
@@ -314,7 +342,7 @@ async def test_cancelling_lets_the_batch_under_way_end(
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
     assert caught.value.__notes__ == ["200 of 250 commands are done, 50 are not"]
-    assert seen == [BulkResult(200, 0, 0, 50)]
+    assert seen == [BulkResult(200, 0, 0, 0, 50)]
     assert statuses(db) == {"PENDING": 200, "IN_TROUBLESHOOTING_QUEUE": 50}
 
 

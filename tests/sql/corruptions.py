@@ -86,7 +86,7 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
     "a running command is finished too": ("running", "kept_twice wrong_attempts", _ALSO_FINISHED),
     "an unfinished command is kept twice": (
         "waiting",
-        "kept_twice",
+        "kept_twice same_place",
         twice("command"),
     ),
     "an unfinished command is COMPLETED": (
@@ -235,7 +235,10 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
         "crashed",
         "too_many_crashes",
         event(1, "to_status = 'IN_TROUBLESHOOTING_QUEUE'"),
-        hot("status = 'IN_TROUBLESHOOTING_QUEUE', place = NULL, parked_at = clock_timestamp()"),
+        hot(
+            "status = 'IN_TROUBLESHOOTING_QUEUE', place = NULL, parked_at = (SELECT e.occurred_at "
+            "FROM commandbus.audit_event e WHERE e.command_id = command.command_id)"
+        ),
     ),
     # ----------------------------------------------------------------------------------- the lines
     "a waiting command stands nowhere": ("waiting", "wrong_line", hot("place = NULL")),
@@ -251,6 +254,14 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
     "what never crashed is alone": ("running", "wrong_line", hot("alone_since = clock_timestamp(), place = NULL")),
     "the place of another priority": ("waiting", "wrong_place", hot("place = place + (1::bigint << 54)")),
     "the priority of another place": ("urgent", "wrong_place", hot("priority = 0")),
+    "the place of another command": (
+        "released",
+        "same_place",
+        hot("place = (SELECT w.place FROM commandbus.command w WHERE w.command_type = 'waiting')"),
+    ),
+    "it is due earlier than it was sent for": ("delayed", "wrong_moment", hot("due_at = due_at - interval '1 us'")),
+    "it was parked at another moment": ("parked", "wrong_moment", hot("parked_at = parked_at - interval '1 year'")),
+    "a failed command is completed": ("failed", "error_kept", past("status = 'COMPLETED'")),
     "no claim mark": ("running", "no_claim_mark", f"DELETE FROM commandbus.claim_mark m USING {_MARKS[5:]}"),
     "a claim mark below": (
         "urgent",

@@ -60,8 +60,8 @@ def park(db: Connection, count: int, **common: object) -> list[Row]:
     return sorted(leased, key=lambda each: str(each["command_id"]))
 
 
-def answers(db: Connection, verb: str, *items: Row) -> list[str]:
-    return [word for _, word in bulk(db, verb, *items)]
+def answers(db: Connection, verb: str, *items: Row, value: str | None = None) -> list[str]:
+    return [word for _, word in bulk(db, verb, *items, value=value)]
 
 
 # ------------------------------------------------------------------------------------------- the verbs
@@ -140,10 +140,11 @@ def test_a_command_of_another_domain_is_changed(db: Connection) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "operator"), [("retry", ""), ("cancel", ""), ("complete", ""), ("drop", "ana"), (None, "ana")]
+    ("verb", "operator"), [*((verb, "") for verb in (*VERBS, "replace")), ("drop", "ana"), (None, "ana")]
 )
-def test_without_a_name_or_a_verb_nothing_is_written(db: Connection, verb: str, operator: str) -> None:
-    items = park(db, 2)
+@pytest.mark.parametrize("count", [0, 2])
+def test_without_a_name_or_a_verb_nothing_is_written(db: Connection, verb: str, operator: str, count: int) -> None:
+    items = park(db, 2)[:count]
     before = everything(db)
     assert sqlstate(lambda: bulk(db, verb, *items, operator=operator)) == "CB001"
     assert everything(db) == before
@@ -184,6 +185,42 @@ def test_an_edited_retry_keeps_the_old_and_the_new_data(db: Connection) -> None:
         ((details,),) = trail(db, each["command_id"], "details")[-1:]
         assert details == {"old_data": {"n": 1, "to": "x"}, "new_data": {"n": 2}}
     assert [row["data"] for row in claim(db)] == ['{"n": 2}'] * 2
+
+
+def test_a_replacement_takes_the_place_of_the_data(db: Connection) -> None:
+    (seen,) = park(db, 1, data={"n": 1, "to": "x"})
+    assert answers(db, "replace", seen, value='{"n": 12345678901234567.25}') == ["done"]
+    ((details,),) = trail(db, seen["command_id"], "details")[-1:]
+    assert details["old_data"] == {"n": 1, "to": "x"}
+    assert [row["data"] for row in claim(db)] == ['{"n": 12345678901234567.25}']
+
+
+def test_a_replacement_is_for_what_was_seen(db: Connection) -> None:
+    seen = arrange(db, PARKED)
+    operator_verb(db, "operator_retry", seen["command_id"])
+    outcome(db, "fail PERMANENT", *[item(row) for row in claim(db)])
+    before = everything(db)
+    assert answers(db, "replace", seen, value="7") == ["changed"]
+    assert everything(db) == before
+
+
+def test_what_a_patch_would_make_too_large_is_refused_and_holds_up_no_other(db: Connection) -> None:
+    small, large = park(db, 1, data={"n": 1}), park(db, 1, data={"n": "x" * 262_100})
+    patch = '{"a": "' + "y" * 40 + '"}'
+    items = sorted(small + large, key=lambda each: str(each["command_id"]))
+    assert dict(bulk(db, "retry", *items, value=patch)) == {
+        small[0]["command_id"]: "done", large[0]["command_id"]: "refused",
+    }  # fmt: skip
+    assert status_of(db, large[0]["command_id"]) == PARKED
+    assert trail(db, large[0]["command_id"])[-1][0] == "PARKED"
+    assert answers(db, "retry", *large) == ["done"]
+
+
+def test_data_of_too_many_levels_are_refused(db: Connection) -> None:
+    (seen,) = park(db, 1)
+    assert answers(db, "replace", seen, value="[" * 65 + "]" * 65) == ["refused"]
+    assert answers(db, "retry", seen, value='{"a": ' + "[" * 64 + "]" * 64 + "}") == ["refused"]
+    assert answers(db, "replace", seen, value="[" * 64 + "]" * 64) == ["done"]
 
 
 # -------------------------------------------------------------------------------------------- races

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from commandbus._limits import text_problem
-from commandbus.cli import commands, desk, doctor, parked, processes, terminal, verbs, verify
+from commandbus.cli import commands, desk, doctor, edit, parked, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -53,7 +53,7 @@ _below: dict[str, Callable[..., object]] = {
     "list": parked.list_parked,
     "groups": parked.groups,
     "show": parked.show_parked,
-    "edit": parked.edit,
+    "edit": edit.edit,
     "retry": verbs.retry,
     "cancel": verbs.cancel,
     "complete": verbs.complete,

@@ -90,12 +90,32 @@ _UNITS = {"ms": "milliseconds", "": "seconds", "s": "seconds", "m": "minutes", "
 
 def read_json(name: str, text: str) -> Json:
     """Return the value of JSON text, of `@file`, or of stdin for `-`."""
+    return _read(name, text, _parse)
+
+
+def read_data(name: str, text: str) -> str:
+    """Return the text itself, with all its digits, if it is JSON that can be a command's data."""
+    return _read(name, text, check_data)
+
+
+def check_data(text: str) -> str:
+    """Return the text if it is JSON that can be a command's data. Raises `ValueError`, `RecursionError`."""
+    if _parse(text) is None:
+        raise ValueError("null cannot be a command's data")
+    return text
+
+
+def _parse(text: str) -> Json:
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _read(name: str, text: str, read: Callable[[str], T]) -> T:
     try:
         if text == "-":
             text = sys.stdin.read()
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=_refuse)
+        return read(text)
     except OSError as error:
         raise typer.BadParameter(f"cannot be read: {error.strerror}", param_hint=name) from None
     except (ValueError, RecursionError) as error:

@@ -1,16 +1,8 @@
-"""The subcommands that look at the troubleshooting queue, and the one that edits a command of it."""
+"""The subcommands that look at the troubleshooting queue."""
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 from uuid import UUID
 
@@ -21,9 +13,9 @@ from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.commands import Story, print_story, read_story
 from commandbus.cli.database import ask
-from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, duration, read_json, spread
-from commandbus.errors import CommandBusError, CommandStateError, ConfigurationError, InvalidCommandError
-from commandbus.model import Command, CommandStatus, Json, TroubleshootingFilter, TroubleshootingGroup
+from commandbus.cli.options import AsJson, Domain, Dsn, duration, spread
+from commandbus.errors import CommandStateError
+from commandbus.model import Command, TroubleshootingFilter, TroubleshootingGroup
 from commandbus.troubleshooting import TroubleshootingQueue
 
 
@@ -138,98 +130,3 @@ def show_parked(
     else:
         print_story(story)
         terminal.print_entries("group", map(group_lines, found))
-
-
-# -- editing -----------------------------------------------------------------------------------------------------------
-
-
-def edit(
-    domain: Domain,
-    command_id: Annotated[UUID, typer.Argument(metavar="ID")],
-    *,
-    data: Annotated[str | None, typer.Option(help="The new data: JSON; `@file` reads a file, `-` stdin.")] = None,
-    patch: Annotated[str | None, typer.Option(help="A JSON merge patch of the data; `@file`, `-` as above.")] = None,
-    operator: Operator,
-    reason: OptionalReason = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> None:
-    """Edit the data of a parked command in $VISUAL or $EDITOR, and retry it with the new data."""
-    if data is not None and patch is not None:
-        raise typer.BadParameter("cannot go with --data", param_hint="--patch")
-    given = None if data is None else read_json("--data", data)
-    change = None if patch is None else read_json("--patch", patch)
-    command = ask(dsn, lambda bus: _read_parked(bus, domain, command_id))
-    if patch is not None:
-        given = merge_patch(command.data, change)
-    elif data is None:
-        given = _edit_by_hand(command)
-    before, after = _pretty(command.data), _pretty(given)
-    if before == after:
-        raise InvalidCommandError(f"command {command_id} would keep its data: nothing was done; retry it as it is")
-    if given is None:
-        raise InvalidCommandError(f"command {command_id}: null cannot be a command's data: nothing was done")
-
-    async def retry(bus: CommandBus) -> None:
-        if (await _read_parked(bus, domain, command_id)).delivery != command.delivery:
-            raise CommandStateError(f"command {command_id} was parked anew while you edited it: nothing was done")
-        await TroubleshootingQueue(bus).operator_retry(domain, command_id, data=given, operator=operator, reason=reason)
-
-    ask(dsn, retry)
-    if as_json:
-        terminal.print_json({"domain": domain, "command_id": command_id, "old_data": command.data, "new_data": given})
-        return
-    for line in difflib.unified_diff(before.splitlines(), after.splitlines(), "old data", "new data", lineterm=""):
-        terminal.say(line)
-    terminal.say(f"retried {command_id}")
-
-
-async def _read_parked(bus: CommandBus, domain: str, command_id: UUID) -> Command:
-    command = await bus.get_command(domain, command_id)
-    if command.status != CommandStatus.IN_TROUBLESHOOTING_QUEUE:
-        raise CommandStateError(f"command {command_id} is {command.status}: cannot edit it. Nothing was done")
-    return command
-
-
-def _pretty(data: Json) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True)
-
-
-def merge_patch(target: Json, patch: Json) -> Json:
-    """Return the target with a JSON merge patch (RFC 7396) applied, as the database does it."""
-    if not isinstance(patch, dict):
-        return patch
-    merged = dict(target) if isinstance(target, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            merged.pop(name, None)
-        else:
-            merged[name] = merge_patch(merged.get(name), value)
-    return merged
-
-
-def _edit_by_hand(command: Command) -> Json:
-    """Let the user's editor loose on the data. Its file is kept when it does not hold JSON afterwards."""
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    folder = tempfile.mkdtemp(prefix="commandbus-")  # for this user alone
-    path = Path(folder, f"{command.command_id}.json")
-    path.write_text(_pretty(command.data) + "\n", encoding="utf-8")
-    kept = False
-    try:
-        code = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode  # noqa: S603 - the user's choice
-        if code != 0:
-            raise CommandBusError(f"command {command.command_id}: the editor ended with {code}: nothing was done")
-        text = path.read_text(encoding="utf-8")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            kept = True
-            raise InvalidCommandError(
-                f"command {command.command_id}: what the editor left is not JSON: {error}. Nothing was done; it can be "
-                f"mended and given with --data @{path}"
-            ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"the editor cannot be used: {error}; set EDITOR") from None
-    finally:
-        if not kept:
-            shutil.rmtree(folder)

@@ -200,6 +200,8 @@ def _act_on_many(verb: _Verb, which: TroubleshootingFilter, count: int, how: How
         terminal.say(f"{verb.done} {result.done:,}")
     if result.changed:
         terminal.complain(f"{result.changed:,} were left alone: they are no longer parked, or parked anew")
+    if result.refused:
+        terminal.complain(f"{result.refused:,} were left alone: with the patch their data would break a limit")
     if result.busy:
         terminal.complain(f"{result.busy:,} were left alone: another transaction keeps them locked; try again")
     return int(result.done < count)

@@ -38,13 +38,14 @@ BEGIN
     RETURN v_merged;
 END $$;
 
--- operator_bulk_v1: one verb of the operator (retry, cancel, complete) on parked commands as the operator saw them.
--- p_items: [{command_id, delivery}, ...]: what is parked anew has a higher delivery. p_value, JSON text or null: for
--- retry a merge patch of the data, for complete the result. A row an item: done; changed (not parked any more, or
--- anew); busy (somebody has locked it: try again).
+-- operator_bulk_v1: one verb of the operator (retry, replace, cancel, complete) on parked commands as the operator saw
+-- them. p_items: [{command_id, delivery}, ...]: what is parked anew has a higher delivery. p_value, JSON text or null:
+-- for retry a merge patch of the data, for replace, which is a retry too, the data; for complete the result. A row an
+-- item: done; changed (not parked any more, or anew); busy (somebody has locked it: try again); refused (its new data
+-- would break a limit; it holds up no other).
 -- IN_TROUBLESHOOTING_QUEUE -> PENDING, CANCELED or COMPLETED, as operator_retry_v1 and its neighbours do it.
--- Locks: the rows in id order, never waiting for one; then their events. Raises CB001 for another verb or an operator
--- without a name; nothing is written then.
+-- Locks: the rows in id order, never waiting for one; then their events. Raises CB001 for another verb, an operator
+-- without a name, a patch that is no object or a result that breaks a limit; nothing is written then.
 CREATE OR REPLACE FUNCTION commandbus.operator_bulk_v1(
     p_domain text, p_verb text, p_items text, p_operator text, p_reason text, p_value text DEFAULT NULL)
 RETURNS TABLE (command_id uuid, outcome text)
@@ -53,13 +54,22 @@ SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off SET lock_timeout = '5s' AS $$
 #variable_conflict use_column
 DECLARE
-    v_command commandbus.command;
-    v_value   jsonb := p_value;
-    i         record;
+    v_command   commandbus.command;
+    v_value     jsonb := p_value;
+    v_data      jsonb;
+    v_max_bytes integer := (SELECT l.max_data_bytes FROM commandbus.limits_v1() l);
+    i           record;
 BEGIN
-    IF p_verb IS NULL OR p_verb NOT IN ('retry', 'cancel', 'complete') THEN
+    IF p_verb IS NULL OR p_verb NOT IN ('retry', 'replace', 'cancel', 'complete') THEN
         RAISE EXCEPTION 'no verb of an operator: %', coalesce(p_verb, 'null')
-            USING ERRCODE = 'CB001', HINT = 'Nothing was written; it is retry, cancel or complete.';
+            USING ERRCODE = 'CB001', HINT = 'Nothing was written; it is retry, replace, cancel or complete.';
+    ELSIF coalesce(p_operator, '') = '' THEN
+        RAISE EXCEPTION 'the operator has no name'
+            USING ERRCODE = 'CB001', HINT = 'Say who acts; the audit trail keeps it.';
+    END IF;
+    IF p_verb = 'retry' AND jsonb_typeof(v_value) <> 'object' THEN
+        RAISE EXCEPTION 'the patch is a JSON %', jsonb_typeof(v_value)
+            USING ERRCODE = 'CB001', HINT = 'Nothing was written; a merge patch of data is an object.';
     END IF;
     FOR i IN SELECT * FROM json_to_recordset(p_items::json) AS i(command_id uuid, delivery bigint)
              ORDER BY i.command_id LOOP
@@ -70,9 +80,14 @@ BEGIN
         IF FOUND THEN
             outcome := 'done';
             CASE p_verb
-            WHEN 'retry' THEN
-                PERFORM commandbus._retry(v_command, p_operator, p_reason,
-                    CASE WHEN v_value IS NOT NULL THEN commandbus._merge_patch(v_command.data, v_value)::text END);
+            WHEN 'retry', 'replace' THEN
+                v_data := CASE WHEN p_verb = 'replace' OR v_value IS NULL THEN v_value
+                               ELSE commandbus._merge_patch(v_command.data, v_value) END;
+                IF commandbus._in_bounds(v_data, v_max_bytes) IS FALSE THEN
+                    outcome := 'refused';
+                ELSE
+                    PERFORM commandbus._retry(v_command, p_operator, p_reason, v_data::text);
+                END IF;
             WHEN 'cancel' THEN
                 PERFORM commandbus._end(v_command, 'OPERATOR_CANCELED', 'CANCELED', p_operator, p_reason);
             WHEN 'complete' THEN

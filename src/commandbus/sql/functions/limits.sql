@@ -8,6 +8,13 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce((SELECT s.value::integer FROM commandbus.setting s WHERE s.name = 'max_data_bytes'), 262144)
 $$;
 
+-- _in_bounds: whether this value may be kept: its size and its levels.
+CREATE OR REPLACE FUNCTION commandbus._in_bounds(p_value jsonb, p_max_bytes integer) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT octet_length(p_value::text) <= p_max_bytes
+       AND NOT jsonb_path_exists(p_value, 'strict $.**{64} ? (@.type() == "object" || @.type() == "array")')
+$$;
+
 -- _check_json: this text as jsonb. Raises CB001 when it is too large or too deep, 22xxx when it is no JSON.
 CREATE OR REPLACE FUNCTION commandbus._check_json(
     p_command_id uuid, p_field text, p_text text, p_max_bytes integer DEFAULT 1048576) RETURNS jsonb
@@ -15,8 +22,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     v_value jsonb := p_text;
 BEGIN
-    IF octet_length(v_value::text) > p_max_bytes
-       OR jsonb_path_exists(v_value, 'strict $.**{64} ? (@.type() == "object" || @.type() == "array")') THEN
+    IF NOT commandbus._in_bounds(v_value, p_max_bytes) THEN
         RAISE EXCEPTION 'command %: % is out of bounds', p_command_id, p_field
             USING ERRCODE = 'CB001', HINT = format(
                 'Nothing was written; it may have %s bytes as text and 64 levels.', p_max_bytes);

@@ -7,16 +7,16 @@ CREATE OR REPLACE FUNCTION commandbus._kept() RETURNS TABLE (
     domain text, command_id uuid, command_type text, status text, max_attempts integer, attempts integer,
     crashes integer, events integer, delivery bigint, lease_token uuid, lease_until timestamptz,
     claimed_at timestamptz, worker text, presented_token uuid, sent_at timestamptz, not_before timestamptz,
-    finished_at timestamptz, data_hash bytea, data jsonb)
+    due_at timestamptz, parked_at timestamptz, finished_at timestamptz, data_hash bytea, data jsonb, error jsonb)
 LANGUAGE sql STABLE AS $$
     SELECT c.domain, c.command_id, c.command_type, c.status, c.max_attempts, c.attempts, c.crashes, c.events,
            c.delivery, c.lease_token, c.lease_until, c.claimed_at, c.worker, NULL::uuid, c.sent_at, c.not_before,
-           NULL::timestamptz, c.data_hash, c.data
+           c.due_at, c.parked_at, NULL::timestamptz, c.data_hash, c.data, c.error
     FROM commandbus.command c
     UNION ALL
     SELECT h.domain, h.command_id, h.command_type, h.status, h.max_attempts, h.attempts, h.crashes, h.events,
            h.delivery, h.lease_token, h.lease_until, h.claimed_at, h.worker, h.presented_token, h.sent_at,
-           h.not_before, h.finished_at, h.data_hash, h.data
+           h.not_before, NULL, NULL, h.finished_at, h.data_hash, h.data, h.error
     FROM commandbus.command_history h
 $$;
 
@@ -171,6 +171,13 @@ LANGUAGE sql STABLE AS $$
             THEN format('its attempts are %s, expected %s', c.attempts, coalesce(e.attempts, 0) + k.by_worker) END),
         ('wrong_crashes', CASE WHEN c.crashes IS DISTINCT FROM coalesce(e.crashes, 0)
             THEN format('its crashes are %s, expected %s', c.crashes, coalesce(e.crashes, 0)) END),
+        ('wrong_moment', CASE
+            WHEN e.event_no IS NULL AND c.due_at <> c.not_before
+                THEN format('it is due at %s, and was not to run before %s', c.due_at, c.not_before)
+            WHEN c.parked_at <> e.occurred_at
+                THEN format('it is parked since %s, and its last event was at %s', c.parked_at, e.occurred_at) END),
+        ('error_kept', CASE WHEN c.status = 'COMPLETED' AND c.error IS NOT NULL
+            THEN 'it is COMPLETED, and still has an error' END),
         ('time_order', CASE WHEN c.finished_at < greatest(c.sent_at, e.occurred_at,
                                      CASE WHEN k.by_worker = 1 THEN c.claimed_at END)
             THEN format('it finished at %s, before what came before that', c.finished_at) END)
@@ -245,6 +252,12 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     SELECT 'kept_twice', c.domain, c.command_id, format('it is kept %s times', count(*))
     FROM commandbus._kept() c GROUP BY c.domain, c.command_id HAVING count(*) > 1
+    UNION ALL
+    SELECT 'same_place', p.domain, p.command_id, 'another command has its place'
+    FROM (SELECT c.domain, c.command_id, c.place,
+                 lag(c.place) OVER (PARTITION BY c.domain ORDER BY c.place, c.sent_at) AS before
+          FROM commandbus.command c WHERE c.place IS NOT NULL) p
+    WHERE p.place = p.before
     UNION ALL
     SELECT 'lease_ended_twice', t.domain, t.command_id, format('%s endings are by one lease', count(*))
     FROM (SELECT e.domain, e.command_id, e.lease_token FROM commandbus._told() e

@@ -79,7 +79,8 @@ class HandlerContext(Context["CommandBus", psycopg.AsyncConnection[Any]]):
         """Complete the command in a transaction of your own, as its last statement: both commit, or neither.
 
         `connection` is anything that `CommandBus.send` takes as one. What the handler returns is not looked at then.
-        Raises `LeaseLostError`: let it end your transaction.
+        Raises `LeaseLostError`: let it end your transaction. That should be READ COMMITTED: in a stricter one this
+        fails when the lease was renewed since it began, every third of it.
         """
         await self._complete(connection, result)
 
@@ -96,7 +97,8 @@ class BlockingContext(Context[B, psycopg.Connection[Any]]):
         """Complete the command in a transaction of your own, as its last statement: both commit, or neither.
 
         `connection` is anything blocking that `CommandBus.send` takes as one: of psycopg, SQLAlchemy or Django. What
-        the handler returns is not looked at then. Raises `LeaseLostError`: let it end your transaction.
+        the handler returns is not looked at then. Raises `LeaseLostError`: let it end your transaction. That should be
+        READ COMMITTED: in a stricter one this fails when the lease was renewed since it began, every third of it.
         """
         self._complete(connection, result)
 

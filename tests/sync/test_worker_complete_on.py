@@ -22,7 +22,7 @@ from commandbus.sync import SyncCommandBus, SyncHandlerContext
 from tests.bus.callers import _configure_django as configure_django
 from tests.bus.support import DOMAIN, Connection, complete, expire, lease, one
 from tests.support import eventually
-from tests.sync.support_worker import HOUR, PARKED, registry_of, settled, story, working
+from tests.sync.support_worker import HOUR, LEASE, PARKED, registry_of, settled, story, working
 from tests.worker.support import running
 from tests.worker.support import settled as asettled
 
@@ -213,6 +213,22 @@ async def test_def_handlers_of_the_async_worker_do_it_as_well(dsn: str, db: Conn
 
     async with CommandBus(dsn) as bus, running(Worker(bus, DOMAIN, registry_of(Debit=debit))):
         assert (await asettled(bus, await bus.send(DOMAIN, "Debit", {}))).result == "kept"
+    assert ledger(db) == 1
+
+
+def test_a_stricter_isolation_and_a_renewal_are_a_failed_attempt(bus: SyncCommandBus, dsn: str, db: Connection) -> None:
+    def debit(command: Command, context: SyncHandlerContext) -> None:
+        with psycopg.connect(dsn) as connection:
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            connection.execute(WRITE.encode())  # from here on it sees the lease as it is now
+            if context.attempt == 1:
+                before = one(db, "SELECT lease_until FROM commandbus.command")
+                eventually(lambda: one(db, "SELECT lease_until FROM commandbus.command") > before, what="a renewal")
+            context.complete_on(connection, context.attempt)
+
+    with working(bus, registry_of(Debit=debit), lease=LEASE):
+        command = settled(bus, bus.send(DOMAIN, "Debit", {}))
+    assert (command.status, command.result, command.crashes) == (CommandStatus.COMPLETED, 2, 0)
     assert ledger(db) == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 from commandbus import Command, CommandStatus, HandlerContext, StopReport
 from commandbus.errors import ClosedError, ConfigurationError, DatabaseUnavailableError
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncRuntime, SyncWorker
-from tests.bus.support import DOMAIN
+from tests.bus.support import DOMAIN, Connection, one
 from tests.support import eventually
 from tests.sync.support_worker import (
     HOUR,
@@ -153,6 +153,26 @@ def test_what_a_stuck_handler_does_at_last_changes_nothing(bus: SyncCommandBus, 
     assert bus.get_audit_trail(receipt) == trail
     assert trail[: len(released)] == released
     assert bus.get_command(receipt).attempts == 1  # the stuck one was not charged
+
+
+def test_what_was_claimed_while_it_stopped_is_reported_as_released(bus: SyncCommandBus, db: Connection) -> None:
+    db.execute("CREATE TABLE gate AS SELECT 1")
+    db.execute(
+        "CREATE FUNCTION wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "WHILE EXISTS (SELECT FROM public.gate) LOOP PERFORM pg_sleep(0.005); END LOOP; RETURN NEW; END $$"
+    )
+    db.execute(
+        "CREATE TRIGGER gate BEFORE UPDATE ON commandbus.command FOR EACH ROW EXECUTE FUNCTION public.wait_at_gate()"
+    )
+    receipt = bus.send(DOMAIN, "Debit", 1)
+    with working(bus, registry_of(Debit=echo)) as worker:
+        claiming = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%%claim_v1%%'"
+        eventually(lambda: one(db, claiming), what="the claim at the gate")
+        stopping = run_in_thread(worker.stop)
+        eventually(lambda: worker._worker._stops, what="the stop")
+        db.execute("DELETE FROM gate")
+        assert result_of(stopping) == StopReport(finished=0, released=1, stuck=())
+    assert story(bus, receipt) == ["SENT", "CLAIMED", "RELEASED"]
 
 
 def test_a_second_stop_ends_the_grace(bus: SyncCommandBus, waiting: Waiting) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from commandbus import BusinessRuleError, Command, CommandBus, CommandStatus, SendRequest, Worker
+from commandbus._database import Database
 from commandbus.handlers import BlockingContext
-from commandbus.sync import SyncCommandBus, SyncHandlerContext
+from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncRuntime
+from commandbus.worker.transactions import BlockingConnections
 from tests.bus.support import DOMAIN, Connection, complete, expire, lease, one, terminate
 from tests.support import eventually
 from tests.sync.support_worker import HOUR, LEASE, PARKED, Waiting, all_settled, registry_of, settled, story, working
@@ -248,6 +251,32 @@ def test_a_connection_is_used_again_and_forgets_what_was_set(bus: SyncCommandBus
         first, second = (settled(bus, bus.send(DOMAIN, "Look", n)).result for n in range(2))
     assert first[0] == second[0]
     assert second[1] in {None, ""}
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["direct", "pooled"])
+def test_only_a_session_of_our_own_is_reset(dsn: str, pooler: str, db: Connection, pooled: bool) -> None:  # noqa: FBT001
+    """Behind a pooler it would be that of somebody else."""
+    route = make_conninfo(pooler, dbname=conninfo_to_dict(dsn)["dbname"]) if pooled else dsn
+    connections = BlockingConnections(
+        Database(route, connections=1, application_name="test", transaction_pooler=pooled)
+    )
+    with connections.transaction() as connection:
+        connection.execute("SELECT 1")
+    assert len(handler_sessions(db)) == (0 if pooled else 1)
+    connections.close()
+
+
+def test_they_work_behind_a_pooler(dsn: str, pooler: str, runtime: SyncRuntime, db: Connection) -> None:
+    pooled = make_conninfo(pooler, dbname=conninfo_to_dict(dsn)["dbname"])
+    bus = SyncCommandBus(pooled, runtime=runtime, transaction_pooler=True)
+
+    def debit(command: Command, context: SyncHandlerContext) -> None:
+        write(context)
+
+    with working(bus, registry_of(transactional=True, Debit=debit)):
+        for command in all_settled(bus, [bus.send(DOMAIN, "Debit", n) for n in range(10)]):
+            assert (command.status, command.delivery) == (CommandStatus.COMPLETED, 1)
+    assert ledger(db) == 10
 
 
 def test_not_more_run_at_once_than_there_are_connections(bus: SyncCommandBus, db: Connection) -> None:

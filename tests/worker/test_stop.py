@@ -21,6 +21,8 @@ from commandbus import (
     SendRequest,
     Worker,
 )
+from commandbus.worker import worker as worker_module
+from commandbus.worker.housekeeper import Housekeeper
 from tests.bus.support import DOMAIN, Connection, expire, lease, until
 from tests.support import Route, async_only
 from tests.worker.support import (
@@ -202,3 +204,22 @@ async def test_sigterm_lets_a_process_finish_what_runs(bus: CommandBus, route: R
     assert (await settled(bus, sent[0])).delivery == 1
     second = await bus.get_command(sent[1])
     assert (second.status, second.delivery) == (CommandStatus.PENDING, 0)
+
+
+async def test_a_part_that_misses_its_cancellation_does_not_keep_a_worker(
+    bus: CommandBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def deaf_once(_: object) -> None:
+        try:
+            await asyncio.sleep(0)
+            begun.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Housekeeper, "run", deaf_once)
+    monkeypatch.setattr(worker_module, "_HELPER_SECONDS", 0.05)
+    async with running(Worker(bus, DOMAIN, registry_of(Debit=Watched().handler))):
+        await begun.wait()

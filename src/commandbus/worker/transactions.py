@@ -109,7 +109,8 @@ class BlockingConnections:
         try:
             with connection.transaction():
                 yield connection
-            reset_blocking(connection)
+            if not self._database.transaction_pooler:  # behind one it would meet another session
+                reset_blocking(connection)
         except BaseException:
             connection.close()  # a failed handler's session is not worth an effort
             raise

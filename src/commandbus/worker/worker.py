@@ -39,6 +39,7 @@ logger = logging.getLogger("commandbus.worker")
 
 _RECORD_SECONDS = 10.0
 _RENEWER_SECONDS = 2.0
+_HELPER_SECONDS = 3.0  # a heartbeat may take two to say that the worker has gone
 
 
 class Worker:
@@ -275,7 +276,7 @@ class Worker:
         if not finishing.done():
             logger.error("%d leases are left to run out: their outcome could not be recorded", len(self._leases))
             finishing.cancel()
-        await asyncio.gather(finishing, *helpers, return_exceptions=True)
+        await _ended({finishing, *helpers})
         self._threads.close()
         self._runner.close()
         await self._renewer.stop(_RENEWER_SECONDS)
@@ -324,6 +325,17 @@ class Worker:
         if self._loop is not None and lease.task is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(lease.task.cancel)
+
+
+async def _ended(tasks: set[asyncio.Task[None]]) -> None:
+    """Await the end of tasks that were cancelled.
+
+    In Python 3.11 `wait_for`, with which the pool waits, can swallow a cancellation: then they are cancelled again.
+    """
+    while tasks:
+        _, tasks = await asyncio.wait(tasks, timeout=_HELPER_SECONDS)
+        for task in tasks:
+            task.cancel()
 
 
 def _kind(handler: Handler) -> str:

@@ -48,12 +48,6 @@ every_telling_way = by_route("way", telling(WAYS), sync=telling(SYNC_WAYS), pool
 
 
 @pytest.fixture
-def route(dsn: str) -> Route:
-    """Straight only: the connections are the caller's own."""
-    return {"dsn": dsn}
-
-
-@pytest.fixture
 async def caller(way: tuple[str, str], dsn: str) -> AsyncIterator[Caller]:
     kind, where = way
     async with open_caller(kind, dsn, thread=where == "thread") as caller:

@@ -11,6 +11,7 @@ import pytest
 from commandbus import CommandBus, HandlerRegistry, WaitingReason, Worker
 from commandbus.worker import heartbeat
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, rows, until
+from tests.support import async_only
 from tests.worker.support import echo, registry_of, running, settled
 
 ALL = "SELECT domain, worker, command_types, concurrency, alive FROM commandbus.workers ORDER BY domain"
@@ -41,6 +42,7 @@ async def test_it_says_so_again_and_again(bus: CommandBus, db: Connection, monke
         await until(lambda: rows(db, ALL), "the row again")
 
 
+@async_only("cancels a task")
 async def test_a_cancelled_worker_leaves_too(bus: CommandBus, db: Connection) -> None:
     task = asyncio.create_task(Worker(bus, DOMAIN, registry_of(Debit=echo)).run())
     await until(lambda: rows(db, ALL), "the row")

@@ -25,6 +25,7 @@ from commandbus import (
 )
 from commandbus.migrate import migrate
 from tests.bus.support import DOMAIN, Connect, until
+from tests.support import async_only
 from tests.worker.support import echo, registry_of, running, settled
 
 Login = Callable[..., str]
@@ -146,6 +147,7 @@ async def test_a_login_without_a_role_does_not_open_the_bus(login: Login) -> Non
         await CommandBus(login()).open()
 
 
+@async_only("has an async connection")
 async def test_a_send_on_a_connection_of_the_callers_is_refused_in_the_same_words(
     login: Login, bus: CommandBus, connect: Connect
 ) -> None:

@@ -90,7 +90,7 @@ def test_what_is_chosen_is_acted_on(cli: CommandLine, park: Park) -> None:
 
     assert cli(*act("retry", "--code", "NO_STOCK", "--patch", '{"x": null}')).stdout == "retried 1\n"
     assert cli.json(*act("cancel", "--text", "none", "--code", "LATE")) == {
-        "done": 1, "changed": 0, "busy": 0, "refused": 0, "remaining": 0,
+        "done": 1, "changed": 0, "refused": 0, "busy": 0, "remaining": 0,
     }  # fmt: skip
     assert cli(*act("complete", "--result", "7")).stdout == "completed 1\n"
 
@@ -131,7 +131,7 @@ def test_ctrl_c_ends_it_after_the_batch_and_tells_how_far_it_came(
         assert process.wait(30) == 130
     assert (tmp_path / "err").read_text() == "commandbus: interrupted: 1 of 3 commands are done, 2 are not\n"
     out = (tmp_path / "out").read_text()
-    assert json.loads(out) == {"done": 1, "changed": 0, "busy": 0, "refused": 0, "remaining": 2} if as_json else not out
+    assert json.loads(out) == {"done": 1, "changed": 0, "refused": 0, "busy": 0, "remaining": 2} if as_json else not out
     assert [cli.status(command_id) for command_id in ids] == ["PENDING", PARKED, PARKED]
 
 

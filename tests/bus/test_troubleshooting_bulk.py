@@ -85,6 +85,7 @@ async def test_failures_are_grouped_by_type_and_kind(
     assert await queue.groups("shipping") == []
 
 
+@pytest.mark.corrupts
 async def test_what_a_filter_finds_is_the_same_everywhere(
     bus: CommandBus, db: Connection, queue: TroubleshootingQueue
 ) -> None:

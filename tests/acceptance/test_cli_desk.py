@@ -154,7 +154,7 @@ def test_workers(cli: CommandLine, shop: Path, db: psycopg.Connection) -> None:
     with worker(cli, shop, "--domain", "shop", "--concurrency", "7") as process:
         (found,) = eventually(lambda: cli.json("workers"), what="the worker's row")
         assert (found["domain"], found["concurrency"], found["alive"]) == ("shop", 7, True)
-        assert sorted(found["command_types"]) == ["Buy", "Crash", "Refuse", "Slow"]
+        assert sorted(found["command_types"]) == ["Buy", "Crash", "Refuse", "Relay", "Slow"]
         assert re.match(rf"  shop  {found['worker']}  alive  concurrency=7  started_at=20", cli("workers").stdout)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0

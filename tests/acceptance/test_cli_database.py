@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import signal
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,18 +18,20 @@ from commandbus.migrate import migrations
 from tests.acceptance.cli_support import CommandLine, at_once, execute, running
 from tests.support import eventually
 
+NOBODY = "00000000-0000-4000-8000-000000000000"
+
 EVERY_COMMAND_WITH_A_DATABASE = [
     ["migrate"],
     ["migrate", "--check"],
     ["send", "shop", "Buy"],
-    ["show", str(uuid.uuid4())],
+    ["show", NOBODY],
     ["list"],
     ["stats"],
     ["workers"],
     ["troubleshooting", "list", "shop"],
-    ["troubleshooting", "retry", "shop", str(uuid.uuid4())],
-    ["troubleshooting", "cancel", "shop", str(uuid.uuid4()), "--reason", "r"],
-    ["troubleshooting", "complete", "shop", str(uuid.uuid4()), "--reason", "r"],
+    ["troubleshooting", "retry", "shop", NOBODY],
+    ["troubleshooting", "cancel", "shop", NOBODY, "--reason", "r"],
+    ["troubleshooting", "complete", "shop", NOBODY, "--reason", "r"],
 ]
 
 

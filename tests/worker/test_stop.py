@@ -28,7 +28,6 @@ from tests.support import Route, async_only
 from tests.worker.support import (
     HOUR,
     Watched,
-    has_status,
     process,
     registry_of,
     running,
@@ -194,7 +193,7 @@ async def test_sigterm_lets_a_process_finish_what_runs(bus: CommandBus, route: R
     gate = tmp_path / "gate"
     with process("worker_app.py", route, "60", "1") as found:
         sent = [await bus.send(DOMAIN, "UntilFile", str(gate)) for _ in range(2)]
-        await has_status(bus, sent[0], CommandStatus.IN_PROGRESS)
+        await until(Path(f"{gate}.begun").exists, "the handler's start")
         found.popen.send_signal(signal.SIGTERM)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(found.popen.wait, 60), 0.3)

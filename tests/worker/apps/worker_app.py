@@ -19,7 +19,8 @@ at_work: set[str] = set()
 
 @registry.handler(DOMAIN, "UntilFile")
 async def until_file(command: Command, context: HandlerContext) -> str:
-    """Run until the file exists that the data names."""
+    """Run until the file exists that the data names; another one beside it says that this has begun."""
+    Path(f"{command.data}.begun").touch()  # noqa: ASYNC240 - a moment
     while not Path(command.data).exists():  # noqa: ASYNC110, ASYNC240 - nobody else can tell it
         await asyncio.sleep(0.01)
     return f"delivery {context.delivery}"

@@ -152,6 +152,16 @@ def test_without_a_name_or_a_verb_nothing_is_written(db: Connection, verb: str, 
 
 # ------------------------------------------------------------------------------------------- the patch
 
+
+@pytest.mark.parametrize("patch", ["[1]", "1", "null", '"x"'])
+def test_a_patch_that_is_no_object_is_refused(db: Connection, patch: str) -> None:
+    """By the rule of RFC 7396 it would replace the data of all that is chosen."""
+    items = park(db, 2)
+    before = everything(db)
+    assert sqlstate(lambda: bulk(db, "retry", *items, value=patch)) == "CB001"
+    assert everything(db) == before
+
+
 # The examples of RFC 7396, appendix A: the target, the patch, the result.
 RFC = r"""
 {"a":"b"}                 {"a":"c"}                     {"a":"c"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import product
@@ -10,6 +12,8 @@ from typing import Any, TypeVar
 
 import psycopg
 import pytest
+
+from commandbus.embedded import EmbeddedPostgres
 
 T = TypeVar("T")
 
@@ -82,6 +86,23 @@ def assert_sound(request: pytest.FixtureRequest, dsn: str) -> None:
         with psycopg.connect(dsn) as connection:
             found = connection.execute("SELECT * FROM commandbus.verify_v1()").fetchall()
         assert not found, f"verify found {len(found)}, the first: {found[:5]}"
+
+
+def crash(server: EmbeddedPostgres) -> None:
+    """An immediate shutdown: the backends drop their connections, nothing is written back; then start again."""
+    halt(server)
+    server.start()
+
+
+def halt(server: EmbeddedPostgres) -> None:
+    """An immediate shutdown, as `pg_ctl stop -m immediate` makes it; returns when nobody answers any more."""
+    (pid_file,) = server.data_dir.glob("pg*/data/postmaster.pid")
+    os.kill(int(pid_file.read_text("utf-8").split()[0]), signal.SIGQUIT)
+    while True:
+        try:
+            psycopg.connect(server.dsn(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return
 
 
 def _never(value: object, timeout: float, what: str) -> AssertionError:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from commandbus import Command, CommandBus, CommandStatus, HandlerContext, OutcomeUnknownError, Receipt, Worker
@@ -18,7 +15,7 @@ from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.bus.support import DOMAIN
 from tests.pgbouncer import pgbouncer
-from tests.support import Route
+from tests.support import Route, crash
 from tests.worker.support import all_settled, registry_of, running, settled
 
 
@@ -38,18 +35,6 @@ def own_route(request: pytest.FixtureRequest, own_server: EmbeddedPostgres) -> I
         return
     with pgbouncer(own_server.dsn()) as through:
         yield {"dsn": through, "transaction_pooler": True}
-
-
-def crash(server: EmbeddedPostgres) -> None:
-    """An immediate shutdown: the backends drop their connections, nothing is written back; then start again."""
-    (pid_file,) = server.data_dir.glob("pg*/data/postmaster.pid")
-    os.kill(int(pid_file.read_text("utf-8").split()[0]), signal.SIGQUIT)
-    while True:
-        try:
-            psycopg.connect(server.dsn(), connect_timeout=2).close()
-        except psycopg.OperationalError:
-            break
-    server.start()
 
 
 async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: EmbeddedPostgres, own_route: Route) -> None:

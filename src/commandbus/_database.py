@@ -26,7 +26,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 from commandbus import _calls
 from commandbus._calls import Call, Row
 from commandbus._connections import execute_async
-from commandbus._failures import is_connection_lost, unavailable
+from commandbus._failures import brief, is_connection_lost, unavailable
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
@@ -167,13 +167,23 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def connection(self, timeout: float = CALL_SECONDS) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
-        """Lend a connection of the pool for one statement or one transaction of the library's own."""
+        """Lend a connection of the pool for one statement or one transaction of the library's own.
+
+        Raises `DatabaseUnavailableError` if none can be had, or if the one that was lent takes no writes.
+        """
         if _holding.get() and not self._for_user_code:
             raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
         connection = await self._acquire(timeout)
         token = _holding.set(not self._for_user_code)
         try:
             yield connection
+        except psycopg.errors.ReadOnlySqlTransaction as error:
+            # A standby, or a primary that is being handed over. Kept, it would fail every write for ever, when behind
+            # the same address there is a primary long since.
+            await connection.close()
+            raise DatabaseUnavailableError(
+                f"the PostgreSQL that was reached takes no writes: {brief(error)}"
+            ) from error
         finally:
             _holding.reset(token)
             await asyncio.shield(self._pool.putconn(connection))  # cancelled on its way back it would be lost for good

@@ -107,7 +107,7 @@ class PartialSendError(CommandBusError):
 
 
 class DatabaseUnavailableError(CommandBusError):
-    """No working connection to PostgreSQL could be had in time. Nothing was done, or only something was read."""
+    """No connection could be had in time, or it takes no writes. Nothing was done, or only something was read."""
 
 
 class SchemaError(CommandBusError):

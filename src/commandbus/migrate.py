@@ -81,9 +81,9 @@ def migrate(dsn: str | None = None, *, roles: bool = False) -> list[str]:
         except psycopg.errors.LockNotAvailable:
             if not told:
                 _log.warning(
-                    "the migration waits for a transaction that uses the schema commandbus, such as a long query on one "
-                    "of its views: nothing is changed yet, and it is tried again every second; to go on at once, end "
-                    "that transaction"
+                    "the migration waits for a transaction that uses the schema commandbus, such as a long query on "
+                    "one of its views: nothing is changed yet, and it is tried again every second; end that "
+                    "transaction to go on at once"
                 )
             told = True
         time.sleep(_PAUSE)

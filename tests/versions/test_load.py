@@ -17,7 +17,7 @@ from tests.versions.support import DOMAIN, Client, Crew, Sender, Version, all_ha
 
 ENDS = {"Echo": "COMPLETED", "Book": "COMPLETED", "Retry": "COMPLETED", "Refuse": "FAILED"}
 QUICK = pytest.param(800, id="quick")
-LONG = pytest.param(20_000, id="long", marks=pytest.mark.long)
+LONG = pytest.param(8000, id="long", marks=pytest.mark.long)
 MIGRATION_WAITS = """
     SELECT FROM pg_stat_activity WHERE application_name = 'commandbus migrate' AND wait_event_type = 'Lock'"""
 

@@ -64,8 +64,10 @@ class Finisher:
     async def _record_all(self, batch: list[Outcome]) -> None:
         groups: defaultdict[tuple[str, type], list[Outcome]] = defaultdict(list)
         for lease, ending in batch:
-            if isinstance(ending, Recorded) or not self._leases.holds(lease):
+            if isinstance(ending, Recorded):
                 self._let_go(lease)
+            elif not self._leases.holds(lease):
+                self._lost(lease)
             else:
                 groups[lease.claimed.domain, type(ending)].append((lease, ending))
         for (domain, _), outcomes in groups.items():
@@ -89,11 +91,7 @@ class Finisher:
                 case "busy":
                     asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.put, lease, ending)
                 case _:
-                    self._let_go(lease)
-                    logger.warning(
-                        "the lease was lost before its outcome was recorded; nothing was changed",
-                        extra=lease.log_extra(self._leases.worker),
-                    )
+                    self._lost(lease)
 
     async def _find_refused(self, domain: str, outcomes: list[Outcome], error: Exception) -> None:
         """Halve the batch until the ending stands alone that the database refuses; it fails for good, and says why."""
@@ -119,6 +117,13 @@ class Finisher:
         await asyncio.sleep(self._pause)
         for lease, ending in outcomes:
             self.put(lease, ending)
+
+    def _lost(self, lease: Lease) -> None:
+        logger.warning(
+            "the lease was lost before its outcome was recorded; nothing was changed",
+            extra=lease.log_extra(self._leases.worker),
+        )
+        self._let_go(lease)
 
     def _let_go(self, lease: Lease) -> None:
         self._leases.remove(lease)

@@ -320,6 +320,8 @@ class Worker:
         if lease.lost:
             return
         lease.lost = True
+        if lease.cancelled:
+            return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
         lease.end()
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
         if self._loop is not None and lease.task is not None:

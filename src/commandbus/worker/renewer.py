@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, execute
+from commandbus._database import Database, execute, hung_up
 from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.leases import Lease, Leases
@@ -99,7 +99,7 @@ class Renewer:
     async def _renew_until_stopped(self) -> None:
         connection: psycopg.AsyncConnection[Any] | None = None
         interval = self._leases.duration.total_seconds() / 3
-        pause = interval
+        pause = 0.0  # connected before the first lease: later there may be no connection left
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(TimeoutError):
@@ -107,15 +107,16 @@ class Renewer:
                         await self._stopped.wait()
                     break
                 try:
-                    if len(self._leases):
-                        connection = connection or await self._database.connect()
-                        await self._renew(connection)
+                    if connection is not None and hung_up(connection):  # perhaps it was idle for too long
+                        await connection.close()
+                        connection = None
+                    connection = connection or await self._database.connect()
+                    await self._renew(connection)
                     pause = interval
                 except (CommandBusError, psycopg.Error, OSError) as error:
-                    logger.warning(
-                        "leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), brief(error)
-                    )
                     pause = min(1.0, interval / 4)
+                    level = logging.WARNING if len(self._leases) else logging.DEBUG
+                    logger.log(level, "leases could not be renewed, again in %.1f s: %s", pause, brief(error))
                     if connection is not None:
                         await connection.close()
                     connection = None

@@ -33,7 +33,8 @@ _BUSY_PAUSE = 0.05
 class Renewer:
     """Renews every third of the lease.
 
-    In its thread it calls `lost` for a lease that cannot be trusted any more, and `failed` should it break down.
+    In its thread it calls `lost` for a lease that cannot be trusted any more, `connected` when it is, and `failed`
+    should it break down.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Renewer:
         database: Database,
         leases: Leases,
         lost: Callable[[Lease], None],
+        connected: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
+        self.is_connected = False  # without a connection what is claimed now could not be renewed later
         self._database = database
         self._leases = leases
         self._lost = lost
+        self._connected = connected
         self._failed = failed
         self._thread = threading.Thread(target=self._serve, name=f"{leases.worker}-renewer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +103,7 @@ class Renewer:
     async def _renew_until_stopped(self) -> None:
         connection: psycopg.AsyncConnection[Any] | None = None
         interval = self._leases.duration.total_seconds() / 3
-        pause = 0.0  # connected before the first lease: later there may be no connection left
+        pause = 0.0
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(TimeoutError):
@@ -111,9 +115,13 @@ class Renewer:
                         await connection.close()
                         connection = None
                     connection = connection or await self._database.connect()
+                    if not self.is_connected:
+                        self.is_connected = True
+                        self._connected()
                     await self._renew(connection)
                     pause = interval
                 except (CommandBusError, psycopg.Error, OSError) as error:
+                    self.is_connected = False
                     pause = min(1.0, interval / 4)
                     level = logging.WARNING if len(self._leases) else logging.DEBUG
                     logger.log(level, "leases could not be renewed, again in %.1f s: %s", pause, brief(error))

@@ -33,7 +33,7 @@ from commandbus.embedded import EmbeddedPostgres
 from commandbus.handlers import BlockingContext
 from commandbus.migrate import migrate
 from tests import blocking
-from tests.bus.support import DOMAIN, Connection, Row, ids, one, rows, terminate, until
+from tests.bus.support import DOMAIN, Connection, Row, ids, in_progress, one, rows, terminate, until
 from tests.support import Route, async_only, direct_only, eventually
 from tests.worker.support import AT_ONCE, LEASE, Watched, all_settled, echo, registry_of, running, settled
 
@@ -59,16 +59,14 @@ class Limited:
 
     def kill_all_but_the_hogs(self) -> None:
         """End the sessions of the library, and take their places too."""
-        mine = "usename = %s AND application_name <> 'hog'"
-        gone = "SELECT count(*) FROM pg_stat_activity WHERE " + mine
-        eventually(lambda: self._renounce(mine) or (one(self._db, gone, self._name) == 0 and self._full()))
+        others = "FROM pg_stat_activity WHERE usename = %s AND application_name <> 'hog'"
 
-    def _renounce(self, mine: str) -> None:
-        self._db.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {mine}".encode(), [self._name])
-        self.exhaust()
+        def alone() -> bool:
+            rows(self._db, f"SELECT pg_terminate_backend(pid) {others}", self._name)
+            self.exhaust()
+            return len(self._hogs) == ROOM and one(self._db, f"SELECT count(*) {others}", self._name) == 0
 
-    def _full(self) -> bool:
-        return len(self._hogs) == ROOM
+        eventually(alone)
 
     def relieve(self) -> None:
         """Give the connections back, and wait until the server has noticed."""
@@ -114,20 +112,22 @@ async def test_busy_handlers_on_the_smallest_pool_all_end_with_their_first_deliv
     route: Route, db: Connection
 ) -> None:
     """32 at once on 3 connections, each with more to ask than there is, for longer than a lease."""
-    together = asyncio.Barrier(32)
+    together, over = asyncio.Barrier(32), asyncio.Event()
 
     async def busy(command: Command, context: HandlerContext) -> int:
         await together.wait()
-        for n in range(5):
-            receipt = await context.bus.send("other", "Debit", n)
+        while not over.is_set():
+            receipt = await context.bus.send("other", "Debit", None)
             await asyncio.gather(context.bus.get_command(receipt), context.bus.count(domain="other"))
         return context.delivery
 
     async with CommandBus(**route, flush_connections=1) as bus:
         async with running(Worker(bus, DOMAIN, registry_of(Debit=busy), lease=LEASE)):
             sent = await bus.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(32)])
+            await until(lambda: together.n_waiting == 0 and in_progress(db) == 32, "all of them")
+            await renewed(db, 4)
+            over.set()
             assert [command.result for command in await all_settled(bus, sent)] == [1] * 32
-        assert await bus.count(domain="other") == 32 * 5
     assert charged(db) == [(1, 1, 0)]
 
 

@@ -307,7 +307,7 @@ class Runner:
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
-        with self._connections.transaction(lease) as connection:
+        with self._connections.transaction(lease.wait) as connection:
             own = adopt(connection)
 
             def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN

@@ -107,9 +107,12 @@ class BlockingConnections:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def transaction(self, lease: Lease) -> Iterator[psycopg.Connection[Any]]:
-        """Lend a connection inside a transaction, which ends as the block does; waited for while the lease lasts."""
-        connection = self._connection(lease)
+    def transaction(self, wait: Callable[[float], bool]) -> Iterator[psycopg.Connection[Any]]:
+        """Lend a connection inside a transaction, which ends as the block does.
+
+        While there is none, `wait` is called with seconds; when it returns true, `DatabaseUnavailableError` is raised.
+        """
+        connection = self._connection(wait)
         try:
             with connection.transaction():
                 yield connection
@@ -124,7 +127,7 @@ class BlockingConnections:
                 return
         connection.close()
 
-    def _connection(self, lease: Lease) -> psycopg.Connection[Any]:
+    def _connection(self, wait: Callable[[float], bool]) -> psycopg.Connection[Any]:
         """Take one that is idle, else connect. After a restart of the server those that are idle are dead."""
         while True:
             with self._lock:
@@ -133,7 +136,7 @@ class BlockingConnections:
                 try:
                     return self._database.connect_blocking()
                 except DatabaseUnavailableError:
-                    if lease.wait(_CONNECT_PAUSE):
+                    if wait(_CONNECT_PAUSE):
                         raise
             elif not hung_up(connection):
                 return connection

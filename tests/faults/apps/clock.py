@@ -21,7 +21,7 @@ class _Kind(type):
         return isinstance(value, _datetime)
 
 
-class _ShiftedDatetime(_datetime, metaclass=_Kind):
+class _ShiftedDatetime(dt.datetime, metaclass=_Kind):
     @classmethod
     def now(cls, tz: dt.tzinfo | None = None) -> Any:  # noqa: ANN401 - a datetime
         return _datetime.now(tz) + dt.timedelta(seconds=wrong_by[0])

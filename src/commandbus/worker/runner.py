@@ -43,7 +43,7 @@ T = TypeVar("T")
 NewContext: TypeAlias = Callable[[Command, Lease, psycopg.Connection[Any] | None], BlockingContext[Any]]
 
 
-class _TimedOutError(TransientCommandError):
+class _TimedOutCommandError(TransientCommandError):
     """The handler's timeout is over."""
 
 
@@ -203,7 +203,7 @@ class Runner:
             if not scope.expired():
                 raise
             lease.end()
-            raise _TimedOutError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
+            raise _TimedOutCommandError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
 
     async def _call(
         self, lease: Lease, command: Command, connection: psycopg.AsyncConnection[Any] | None = None
@@ -281,9 +281,9 @@ class Runner:
             logger.warning(
                 "the lease was lost; the handler's transaction is rolled back", extra=lease.log_extra(self._worker)
             )
-        except (psycopg.Error, DatabaseUnavailableError, _TimedOutError) as error:
+        except (psycopg.Error, DatabaseUnavailableError, _TimedOutCommandError) as error:
             unknown = lease.completing and is_connection_lost(error)
-            not_its_doing = not lease.charged and (is_short_of(error) or isinstance(error, _TimedOutError))
+            not_its_doing = not lease.charged and (is_short_of(error) or isinstance(error, _TimedOutCommandError))
             if not (unknown or not_its_doing):
                 raise
             logger.warning(

@@ -121,13 +121,15 @@ async def test_busy_handlers_on_the_smallest_pool_all_end_with_their_first_deliv
             await asyncio.gather(context.bus.get_command(receipt), context.bus.count(domain="other"))
         return context.delivery
 
-    async with CommandBus(**route, flush_connections=1) as bus:
-        async with running(Worker(bus, DOMAIN, registry_of(Debit=busy), lease=LEASE)):
-            sent = await bus.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(32)])
-            await until(lambda: together.n_waiting == 0 and in_progress(db) == 32, "all of them")
-            await renewed(db, 4)
-            over.set()
-            assert [command.result for command in await all_settled(bus, sent)] == [1] * 32
+    async with (
+        CommandBus(**route, flush_connections=1) as bus,
+        running(Worker(bus, DOMAIN, registry_of(Debit=busy), lease=LEASE)),
+    ):
+        sent = await bus.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(32)])
+        await until(lambda: together.n_waiting == 0 and in_progress(db) == 32, "all of them")
+        await renewed(db, 4)
+        over.set()
+        assert [command.result for command in await all_settled(bus, sent)] == [1] * 32
     assert charged(db) == [(1, 1, 0)]
 
 

@@ -34,7 +34,7 @@ from commandbus.handlers import BlockingContext
 from commandbus.migrate import migrate
 from tests import blocking
 from tests.bus.support import DOMAIN, Connection, Row, ids, in_progress, one, rows, terminate, until
-from tests.support import Route, async_only, direct_only, eventually
+from tests.support import Route, direct_only, eventually
 from tests.worker.support import AT_ONCE, LEASE, Watched, all_settled, echo, registry_of, running, settled
 
 MINUTE = timedelta(minutes=1)
@@ -133,12 +133,11 @@ async def test_busy_handlers_on_the_smallest_pool_all_end_with_their_first_deliv
     assert charged(db) == [(1, 1, 0)]
 
 
-@async_only("holds a connection of the pool")
-async def test_connections_that_are_never_given_back_cost_no_lease(route: Route, db: Connection) -> None:
+async def test_connections_that_are_never_given_back_cost_no_lease(dsn: str, db: Connection) -> None:
     """Nobody claims or completes meanwhile, but renewals have a connection of their own."""
     watched = Watched()
     async with (
-        CommandBus(**route, flush_connections=1) as bus,
+        CommandBus(dsn, flush_connections=1) as bus,
         running(Worker(bus, DOMAIN, registry_of(Debit=watched.handler), lease=LEASE)),
     ):
         receipt = await bus.send(DOMAIN, "Debit", None)

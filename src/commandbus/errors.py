@@ -9,7 +9,7 @@
     ├── SendTimeoutError          the command was withdrawn: it was not sent
     ├── OutcomeUnknownError       it may or may not have been sent; carries the id
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
-    ├── DatabaseUnavailableError  no connection could be had; nothing was done
+    ├── DatabaseUnavailableError  no connection, or no room or time there; nothing was done
     ├── SchemaError               the database's schema does not fit this version
     ├── PermissionDeniedError     the role that is connected may not do this
     ├── ConfigurationError        a setting, an option or a registration is wrong   CB004
@@ -107,7 +107,10 @@ class PartialSendError(CommandBusError):
 
 
 class DatabaseUnavailableError(CommandBusError):
-    """No connection could be had in time, or it takes no writes. Nothing was done, or only something was read."""
+    """No working connection to PostgreSQL could be had in time, or it cannot do now what was asked: no room, no time, no writes.
+
+    Nothing was done, or only something was read.
+    """
 
 
 class SchemaError(CommandBusError):

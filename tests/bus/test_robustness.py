@@ -102,6 +102,15 @@ ODD_SETTINGS = {
     "intervalstyle": "sql_standard",
     "extra_float_digits": "-3",
     "bytea_output": "escape",
+    "client_encoding": "LATIN1",
+    "search_path": "nowhere",
+    "row_security": "off",
+    "synchronous_commit": "off",
+    "plan_cache_mode": "force_custom_plan",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "default_transaction_deferrable": "on",
 }
 
 

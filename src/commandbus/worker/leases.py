@@ -18,7 +18,7 @@ from commandbus.handlers import Handler
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("_ended", "claimed", "completing", "deadline", "handler", "lost", "task")
+    __slots__ = ("_ended", "charged", "claimed", "completing", "deadline", "handler", "lost", "task")
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
@@ -26,6 +26,7 @@ class Lease:
         self.deadline = deadline
         self.task: asyncio.Task[None] | None = None
         self.lost = False
+        self.charged = False  # what fails in its transaction is the handler's doing, not a statement of the library's
         self.completing = False  # the completion stands in a transaction that may commit
         self._ended = threading.Event()
 
@@ -33,6 +34,10 @@ class Lease:
     def cancelled(self) -> bool:
         """Whether the handler's outcome can no longer be recorded."""
         return self._ended.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long in this thread, or until `cancelled`; whether it is."""
+        return self._ended.wait(seconds)
 
     def end(self) -> None:
         """Tell the handler that its outcome can no longer be recorded. Any thread may."""

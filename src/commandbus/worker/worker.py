@@ -161,7 +161,7 @@ class Worker:
             start=self._start,
             idle=lambda: not len(self._leases),
         )
-        self._renewer = Renewer(database, self._leases, self._lose, self._fail_from_thread)
+        self._renewer = Renewer(database, self._leases, self._lose, self._freed_from_thread, self._fail_from_thread)
 
     def _blocking_context(
         self, command: Command, lease: Lease, connection: psycopg.Connection[Any] | None
@@ -189,6 +189,8 @@ class Worker:
         return Heartbeat(database, self.name, types, self._concurrency)
 
     def _free(self) -> int:
+        if not self._renewer.is_connected:
+            return 0
         # Endings wait to be recorded while the next handlers run, but not without bound.
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
 
@@ -294,6 +296,11 @@ class Worker:
                 handler.stack,
             )
         return report
+
+    def _freed_from_thread(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._freed)
 
     def _fail_from_thread(self, error: BaseException) -> None:
         if self._loop is not None:

@@ -107,9 +107,9 @@ class PartialSendError(CommandBusError):
 
 
 class DatabaseUnavailableError(CommandBusError):
-    """No working connection to PostgreSQL could be had in time, or it cannot do now what was asked: no room, no time, no writes.
+    """No working connection to PostgreSQL could be had in time, or it cannot do now what was asked.
 
-    Nothing was done, or only something was read.
+    It lacks room or time, or takes no writes. Nothing was done, or only something was read.
     """
 
 

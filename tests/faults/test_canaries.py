@@ -55,7 +55,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
     caplog.set_level(logging.DEBUG, "commandbus")
 
     def text() -> str:
-        ours = [record for record in caplog.records if record.name.startswith("commandbus")]
+        ours = [record for record in caplog.get_records("call") if record.name.startswith("commandbus")]
         return "\n".join(str(vars(record) | {"msg": record.getMessage()}) for record in ours)
 
     yield text

@@ -226,7 +226,11 @@ _ODD = _named(
     long=10**5000, real=1.5, nan=math.nan, decimal=Decimal("NaN"), bytes=b"1", bool=True, list=[1], nobody=Nobody(),
     deep=nested(100_000), large="x" * 10**6,
 )  # fmt: skip
-_BAD_NAMES = BAD_TEXTS | _ODD | st.sampled_from(["", "x" * 129, "a b", "é", "a\n", *STEERING])
+_BAD_NAMES = (
+    BAD_TEXTS
+    | _ODD
+    | st.sampled_from(["", "x" * 129, "a b", "é", "a\n", *(text for text in STEERING if text != ":smile:")])
+)
 _HEADERS = st.dictionaries(_GOOD_KEYS, GOOD_TEXTS | _named(text=Text("t")), max_size=3)
 _BAD_HEADERS = (
     _ODD

@@ -354,7 +354,8 @@ def conninfo(dsn: str | None, application_name: str) -> str:
         raise ConfigurationError("no DSN: set COMMAND_BUS_DSN, or give one")
     try:
         given = {key: str(value) for key, value in conninfo_to_dict(dsn).items()}
-    except psycopg.ProgrammingError:
+        int(float(given.get("connect_timeout", "0")))  # as psycopg will, which does not say it is the DSN
+    except (psycopg.ProgrammingError, ValueError, OverflowError):
         raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
     # libpq cuts a URI at the first of these, and would call the rest of the password a host, a port or a database.
     cut = any("@" in given.get(part, "") for part in ("host", "port", "dbname"))

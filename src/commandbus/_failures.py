@@ -58,6 +58,9 @@ def translate(error: BaseException) -> CommandBusError | None:
     error = driver_error(error)
     message, hint = _said(error)
     message = message or str(error)
+    if isinstance(error, UnicodeEncodeError) or (isinstance(error, psycopg.DataError) and "NUL" in message):
+        # Of our own parameters only names, words and filters are not ASCII. psycopg has refused them, not PostgreSQL.
+        return InvalidCommandError("a NUL character or a lone surrogate cannot be sent to PostgreSQL: correct the text")
     if hint:
         message = f"{message}. {hint}"
     known = BY_SQLSTATE.get(sqlstate(error))

@@ -140,6 +140,10 @@ class CommandError(CommandBusError):
     All three are kept with the command.
     """
 
+    code: str = ""  # of a subclass whose __init__ does not call this one
+    message: str = ""
+    details: object = None
+
     def __init__(self, code: str, message: str = "", details: object = None) -> None:
         super().__init__(code, message, details)
         self.code = code

@@ -18,16 +18,16 @@ from commandbus._connections import adopt, drive, drive_blocking
 from commandbus._database import CALL_SECONDS, Database, execute
 from commandbus._failures import brief, is_connection_lost, is_short_of, printable
 from commandbus.bus import CommandBus
-from commandbus.errors import CommandError, DatabaseUnavailableError, LeaseLostError, TransientCommandError
+from commandbus.errors import DatabaseUnavailableError, LeaseLostError, TransientCommandError
 from commandbus.handlers import AsyncFunction, BlockingContext, BlockingFunction, HandlerContext, Middleware
 from commandbus.model import Command, Json
 from commandbus.worker.endings import (
-    MAX_CODE,
     Completed,
     Ending,
     Failed,
     Recorded,
     Released,
+    code_of,
     completed,
     failed,
     storable,
@@ -162,7 +162,6 @@ class Runner:
         """
         attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
         ending = failed(error, lease.handler, attempt)
-        code = printable(storable(error.code, MAX_CODE)) if isinstance(error, CommandError) else type(error).__name__
         match ending.kind:
             case "BUSINESS":
                 level, then = logging.INFO, "it ends as FAILED"
@@ -170,7 +169,14 @@ class Runner:
                 level, then = logging.WARNING, f"again in {ending.retry_in.total_seconds():.1f} s"
             case _:
                 level, then = logging.ERROR, "it is parked in the troubleshooting queue"
-        logger.log(level, "attempt %d failed with %s: %s", attempt, code, then, extra=lease.log_extra(self._worker))
+        logger.log(
+            level,
+            "attempt %d failed with %s: %s",
+            attempt,
+            printable(code_of(error)),
+            then,
+            extra=lease.log_extra(self._worker),
+        )
         return ending
 
     @contextlib.contextmanager
@@ -244,7 +250,7 @@ class Runner:
                 self._freed()
                 logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
             elif isinstance(outcome[1], StopIteration | GeneratorExit | KeyboardInterrupt | asyncio.CancelledError):
-                future.set_exception(TransientCommandError(type(outcome[1]).__name__, str(outcome[1])))
+                future.set_exception(TransientCommandError(type(outcome[1]).__name__, storable(outcome[1])))
             elif outcome[1] is not None:
                 future.set_exception(outcome[1])
             else:

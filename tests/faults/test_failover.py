@@ -255,7 +255,7 @@ async def test_a_standby_is_read_and_waited_for(pair: Cluster) -> None:
     async with brief, CommandBus(pair.standby.dsn()) as patient:
         with pytest.raises(SendTimeoutError, match="it was not sent"):
             await brief.send(DOMAIN, "Debit", {})
-        with pytest.raises(DatabaseUnavailableError, match="cannot do it now.*cannot execute .* in a read-only"):
+        with pytest.raises(DatabaseUnavailableError, match=r"cannot do it now.*in a read-only"):
             await brief.cancel(DOMAIN, uuid4())
         assert await brief.count() == 0
         send = asyncio.create_task(patient.send(DOMAIN, "Debit", {}))

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
-from commandbus._limits import MAX_BYTES, MAX_CORRELATION_ID, MAX_HEADER_BYTES, encode, text_problem
+from commandbus._limits import MAX_BYTES, MAX_CORRELATION_ID, MAX_HEADER_BYTES, encode, shown, text_problem
 from commandbus.errors import InvalidCommandError
 from commandbus.model import Command, CommandStatus, SendRequest
 
@@ -64,7 +64,7 @@ def outgoing(
     """
     own_id: object = request.command_id
     if own_id is not None and not isinstance(own_id, UUID):
-        raise InvalidCommandError(f"command_id is {own_id!r}: it must be a uuid.UUID")
+        raise InvalidCommandError(f"command_id is {shown(own_id)}: it must be a uuid.UUID")
     command_id = own_id or fresh_id
     what = f"command {command_id}"
     domain = _name("domain", request.domain, what)
@@ -129,13 +129,15 @@ def wake(domains: Sequence[str]) -> Call[None]:
 def _name(field: str, value: object, what: str) -> str:
     found = _NAME.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise InvalidCommandError(f"{what}: {field} is {value!r}: it must be 1 to 128 of letters, digits and _ . : -")
+        raise InvalidCommandError(
+            f"{what}: {field} is {shown(value)}: it must be 1 to 128 of letters, digits and _ . : -"
+        )
     return found[0]  # of a member of an enumeration, its value
 
 
 def _bounded(field: str, value: object, low: int, high: int, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidCommandError(f"{what}: {field} is {value!r}: it must be {low} to {high:,}")
+        raise InvalidCommandError(f"{what}: {field} is {shown(value)}: it must be {low} to {high:,}")
     return int(value)
 
 
@@ -333,11 +335,17 @@ def operator_complete(domain: str, command_id: UUID, operator: str, reason: str,
 def _act(
     name: str, domain: str, command_id: UUID, operator: str | None, reason: str | None, *more: str | None
 ) -> Call[None]:
-    for field, text in (("operator", operator), ("reason", reason)):
-        if text is not None and (problem := text_problem(text)) is not None:
-            raise InvalidCommandError(f"command {command_id}: {field} {problem}")
+    _check_words(f"command {command_id}: ", operator, reason)
     params = (domain, command_id, operator, reason, *more)
     return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
+
+
+def _check_words(what: str, operator: object, reason: object) -> None:
+    for field, text in (("operator", operator), ("reason", reason)):
+        if text is not None and not isinstance(text, str):
+            raise InvalidCommandError(f"{what}{field} must be a string")
+        if text is not None and (problem := text_problem(text)) is not None:
+            raise InvalidCommandError(f"{what}{field} {problem}")
 
 
 Parked: TypeAlias = tuple[UUID, int]
@@ -348,6 +356,7 @@ def operator_bulk(
     domain: str, verb: str, items: Sequence[Parked], *, operator: str, reason: str | None, value: str | None
 ) -> Call[Answers]:
     """Retry, replace, cancel or complete these; see `operator_bulk_v1`. Returns the outcome of each."""
+    _check_words("", operator, reason)
     text = ",".join(f'{{"command_id":"{command_id}","delivery":{delivery}}}' for command_id, delivery in items)
     return Call(
         "SELECT command_id, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, %s, %s)",

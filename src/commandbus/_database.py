@@ -26,7 +26,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 from commandbus import _calls
 from commandbus._calls import Call, Row
 from commandbus._connections import execute_async
-from commandbus._failures import is_connection_lost, unavailable
+from commandbus._failures import brief, is_connection_lost, is_unavailable, unavailable
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
@@ -167,13 +167,21 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def connection(self, timeout: float = CALL_SECONDS) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
-        """Lend a connection of the pool for one statement or one transaction of the library's own."""
+        """Lend a connection of the pool for one statement or one transaction of the library's own.
+
+        Raises `DatabaseUnavailableError` if none can be had.
+        """
         if _holding.get() and not self._for_user_code:
             raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
         connection = await self._acquire(timeout)
         token = _holding.set(not self._for_user_code)
         try:
             yield connection
+        except psycopg.errors.ReadOnlySqlTransaction:
+            # A standby, or a primary that is being handed over. Kept, it would fail every write for ever, when behind
+            # the same address there is a primary long since.
+            await connection.close()
+            raise
         finally:
             _holding.reset(token)
             await asyncio.shield(self._pool.putconn(connection))  # cancelled on its way back it would be lost for good
@@ -203,6 +211,18 @@ class Database:
 
     async def run(self, call: Call[T], timeout: float = CALL_SECONDS, *, long: bool = False) -> T:
         """Run a call once on a pooled connection. See `execute` for what it raises, `execute_long` for a `long` one.
+
+        But `DatabaseUnavailableError` when PostgreSQL could not do it and has left nothing of it: no room, no time.
+        """
+        try:
+            return await self._run(call, timeout, long=long)
+        except psycopg.Error as error:
+            if is_connection_lost(error) or not is_unavailable(error):
+                raise
+            raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {brief(error)}") from None
+
+    async def _run(self, call: Call[T], timeout: float, *, long: bool) -> T:
+        """Run a call once on a pooled connection.
 
         Cancelling shuts the socket: psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s
         more for its answer.
@@ -334,7 +354,8 @@ def conninfo(dsn: str | None, application_name: str) -> str:
         raise ConfigurationError("no DSN: set COMMAND_BUS_DSN, or give one")
     try:
         given = {key: str(value) for key, value in conninfo_to_dict(dsn).items()}
-    except psycopg.ProgrammingError:
+        int(float(given.get("connect_timeout", "0")))  # as psycopg will, which does not say it is the DSN
+    except (psycopg.ProgrammingError, ValueError, OverflowError):
         raise ConfigurationError("the DSN is not a PostgreSQL connection string") from None
     # libpq cuts a URI at the first of these, and would call the rest of the password a host, a port or a database.
     cut = any("@" in given.get(part, "") for part in ("host", "port", "dbname"))

@@ -22,6 +22,9 @@ from commandbus.errors import (
 
 _NO_SCHEMA = {"3F000", "42883", "42P01"}  # no such schema, function, table
 _NO_RIGHT = "42501"
+_TIME_IS_OVER = {"25P03", "25P04"}  # of a transaction: idle for too long, or too long; its session ends
+_LOCK_TIMEOUT = "55P03"
+_READ_ONLY = "25006"
 
 
 def driver_error(error: BaseException) -> BaseException:
@@ -55,6 +58,9 @@ def translate(error: BaseException) -> CommandBusError | None:
     error = driver_error(error)
     message, hint = _said(error)
     message = message or str(error)
+    if isinstance(error, UnicodeEncodeError) or (isinstance(error, psycopg.DataError) and "NUL" in message):
+        # Of our own parameters only names, words and filters are not ASCII. psycopg has refused them, not PostgreSQL.
+        return InvalidCommandError("a NUL character or a lone surrogate cannot be sent to PostgreSQL: correct the text")
     if hint:
         message = f"{message}. {hint}"
     known = BY_SQLSTATE.get(sqlstate(error))
@@ -140,14 +146,20 @@ def is_connection_lost(error: BaseException) -> bool:
     if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
         return False
     state = error.sqlstate or "08"
-    return state.startswith(("08", "57P")) or state == "25P03"
+    return state.startswith(("08", "57P")) or state in _TIME_IS_OVER
 
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether trying again later, on another connection, is what there is to do."""
+    return is_short_of(error) or (isinstance(error, psycopg.OperationalError) and sqlstate(error)[:2] in {"40", "55"})
+
+
+def is_short_of(error: BaseException) -> bool:
+    """Whether the server lacks a connection, room, time or the right to write, whatever it was asked."""
     if isinstance(error, DatabaseUnavailableError) or is_connection_lost(error):
         return True
-    return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "")[:2] in {"40", "53", "55", "57", "58"}
+    state = sqlstate(error) if isinstance(error, psycopg.Error) else ""
+    return state[:2] in {"53", "57", "58"} or state in {_LOCK_TIMEOUT, _READ_ONLY}
 
 
 def own_copy(error: Exception) -> Exception:

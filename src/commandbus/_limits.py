@@ -26,6 +26,7 @@ MAX_CORRELATION_ID = 256
 _MAX_DIGITS = 4300  # a longer integer is not read back: sys.int_info.default_max_str_digits
 _TOO_LONG = 10**_MAX_DIGITS
 _MAX_PATH = 200
+_MAX_SHOWN = 100
 
 _SCALARS = frozenset({str, int, float, bool, NoneType})
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -178,6 +179,15 @@ def text_problem(text: str) -> str | None:
     return None
 
 
+def shown(value: object) -> str:
+    """Return how a name, an id or a number that was given looks, for a message: cut off, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception as error:  # noqa: BLE001 - an integer of many digits, or a user's __repr__
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _children(node: Json, path: str, depth: int) -> Iterator[tuple[Json, str, int]]:
     if isinstance(node, dict):
         for key, inner in node.items():
@@ -188,7 +198,7 @@ def _children(node: Json, path: str, depth: int) -> Iterator[tuple[Json, str, in
 
 
 def _step(key: object) -> str:
-    text = str(key)[:_MAX_PATH]
+    text = (str.__str__(key) if isinstance(key, str) else str(key))[:_MAX_PATH]
     return f".{text}" if text.isascii() and text.isidentifier() else f"[{json.dumps(text)}]"
 
 

@@ -113,6 +113,7 @@ def query_commands(
     """Newest first within a domain, by id; ids that the library made grow with time."""
     where, params = _filter(domain, status, command_type)
     if since is not None:
+        _check_age("since", since)
         where.append("sent_at >= clock_timestamp() - %s")
         params.append(since)
     return _page("commands", where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
@@ -315,13 +316,17 @@ def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tupl
     if until is not None or which.parked_for is not None:
         where.append("parked_at <= coalesce(%s, (SELECT commandbus.clock())) - %s")
         age = which.parked_for or timedelta(0)
-        if not timedelta(0) <= age <= MAX_DELAY:
-            raise InvalidCommandError(f"parked_for is {age}: it must be 0 to {MAX_DELAY.days} days")
+        _check_age("parked_for", age)
         params += [until, age]
     if which.text is not None:
         where.append("strpos(lower(concat_ws(E'\\n', error ->> 'message', data::text)), lower(%s)) > 0")
         params.append(which.text)
     return where, params
+
+
+def _check_age(name: str, age: timedelta) -> None:
+    if not timedelta(0) <= age <= MAX_DELAY:
+        raise InvalidCommandError(f"{name} is {age}: it must be 0 to {MAX_DELAY.days} days")
 
 
 def _where(conditions: list[str]) -> str:
@@ -365,5 +370,5 @@ def _read_cursor(cursor: str, read: Callable[[str], object]) -> list[object]:
     try:
         first, second = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         return [read(first), UUID(second)]
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise InvalidCommandError("cursor is not one that a page gave out as next_cursor") from None

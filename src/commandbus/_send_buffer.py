@@ -38,7 +38,7 @@ class Parcel:
     `wake` is called once, on the loop, when it is settled; then either `outcomes` or `error` is there.
     """
 
-    __slots__ = ("error", "maybe_sent", "outcomes", "outgoings", "size", "under_way", "wake")
+    __slots__ = ("error", "maybe_sent", "outcomes", "outgoings", "size", "trouble", "under_way", "wake")
 
     def __init__(self, outgoings: Sequence[Outgoing], wake: Callable[[], object]) -> None:
         self.outgoings = outgoings
@@ -48,6 +48,7 @@ class Parcel:
         self.error: Exception | None = None
         self.under_way = False  # in a statement that runs now
         self.maybe_sent = False  # was in a statement whose connection broke
+        self.trouble = ""  # what was wrong with the last try
 
     @property
     def waits(self) -> bool:
@@ -81,11 +82,13 @@ class Parcel:
 
     def expire(self, timeout: float) -> None:
         """Give up after so many seconds: withdrawn if it still waits, else of unknown outcome."""
+        why = self.trouble and f"; the last try: {self.trouble}"
         if self.under_way or self.maybe_sent:
-            message = f"{self.name} may or may not have been sent within {timeout:.1f} s: send it again with this id"
+            doubt = f"{self.name} may or may not have been sent within {timeout:.1f} s"
+            message = f"{doubt}: send it again with this id{why}"
             self.fail(OutcomeUnknownError(message, self.first_id))
         else:
-            message = f"{self.name} was withdrawn after {timeout:.1f} s: it was not sent"
+            message = f"{self.name} was withdrawn after {timeout:.1f} s: it was not sent{why}"
             self.fail(SendTimeoutError(message, self.first_id))
 
     def abandon(self) -> None:
@@ -240,6 +243,8 @@ class SendBuffer:
     async def _sort_out(self, batch: list[Parcel], error: Exception) -> bool:
         """Decide what a failed flush means for its parcels. True: try those that still wait again, as they are."""
         state = getattr(error, "sqlstate", None) or ""
+        for parcel in batch:
+            parcel.trouble = brief(error)
         if state == _LOCK_NOT_AVAILABLE and not all(parcel.minted for parcel in batch):
             await self._set_contended_apart(batch)
         elif is_refusal(error):  # never split on 08 or 57

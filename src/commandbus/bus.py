@@ -20,7 +20,7 @@ from commandbus._connections import Work, arun_on
 from commandbus._database import Database, pooled_by_default
 from commandbus._hints import Hints
 from commandbus._ids import new_id
-from commandbus._limits import MAX_BYTES
+from commandbus._limits import MAX_BYTES, shown
 from commandbus._send_buffer import SendBuffer
 from commandbus.errors import (
     ClosedError,
@@ -255,7 +255,10 @@ class CommandBus:
         given: object = request
         if not isinstance(given, SendRequest):
             raise InvalidCommandError(f"a {type(given).__name__} is no command: give a SendRequest")
-        headers = dict(request.headers or {})
+        try:
+            headers = dict(request.headers or {})
+        except (TypeError, ValueError):
+            raise InvalidCommandError("headers must map strings to strings") from None
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers, new_id(), self.max_data_bytes)
 
@@ -359,5 +362,5 @@ def _key(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
         raise TypeError("give a receipt, or a domain and a command id")
     given: object = command_id
     if not isinstance(given, UUID):
-        raise InvalidCommandError(f"command_id is {given!r}: it must be a uuid.UUID")
+        raise InvalidCommandError(f"command_id is {shown(given)}: it must be a uuid.UUID")
     return command, command_id

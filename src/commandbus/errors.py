@@ -9,7 +9,7 @@
     ├── SendTimeoutError          the command was withdrawn: it was not sent
     ├── OutcomeUnknownError       it may or may not have been sent; carries the id
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
-    ├── DatabaseUnavailableError  no connection could be had; nothing was done
+    ├── DatabaseUnavailableError  no connection, or no room or time there; nothing was done
     ├── SchemaError               the database's schema does not fit this version
     ├── PermissionDeniedError     the role that is connected may not do this
     ├── ConfigurationError        a setting, an option or a registration is wrong   CB004
@@ -107,7 +107,10 @@ class PartialSendError(CommandBusError):
 
 
 class DatabaseUnavailableError(CommandBusError):
-    """No working connection to PostgreSQL could be had in time. Nothing was done, or only something was read."""
+    """No working connection to PostgreSQL could be had in time, or it cannot do now what was asked.
+
+    It lacks room or time, or takes no writes. Nothing was done, or only something was read.
+    """
 
 
 class SchemaError(CommandBusError):
@@ -136,6 +139,10 @@ class CommandError(CommandBusError):
     `code` is a short stable name for programs, `message` a sentence for people, `details` any JSON value.
     All three are kept with the command.
     """
+
+    code: str = ""  # of a subclass whose __init__ does not call this one
+    message: str = ""
+    details: object = None
 
     def __init__(self, code: str, message: str = "", details: object = None) -> None:
         super().__init__(code, message, details)

@@ -3,11 +3,17 @@
 Tables come from numbered migrations, which only add. Functions and views come from plain files and are applied anew
 each time. All of it is one transaction under one advisory lock: without the lock, two migrators at once failed 139
 times of 400.
+
+To replace a view takes its strongest lock, for which others that read it queue. So a lock that is not given in 200 ms
+is given up, and everything is tried again a second later. Five views and an altered table make 1.2 s at most; and no
+wait is as long as `deadlock_timeout`, so that where there is a deadlock it is the migration that gives way.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -23,11 +29,14 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('commandbus'), hashtext('migrate'))"
+_PATIENCE = "SET LOCAL lock_timeout = '200ms'"
+_PAUSE = 1.0  # seconds between two tries: in these, whoever queued behind the migration goes on
 _SCHEMA = "CREATE SCHEMA IF NOT EXISTS commandbus"
 _ROLES = (
     "INSERT INTO commandbus.setting (name, value) VALUES ('roles', 'on') "
     "ON CONFLICT (name) DO UPDATE SET value = excluded.value;"
 )
+_log = logging.getLogger("commandbus.migrate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +71,22 @@ def migrate(dsn: str | None = None, *, roles: bool = False) -> list[str]:
     does not have are made, by a role that may. Later calls without it keep to that.
 
     Durable, all or nothing, when it returns. Idempotent; of two at once the second waits and finds nothing to do.
+    While a transaction of somebody else holds what it needs, it is tried again every second, and holds nobody up.
     Raises `DatabaseUnavailableError`, or `SchemaError` when the database is ahead of this version: it never goes back.
     """
-    with _connect(dsn) as connection:
-        connection.execute(_LOCK)
-        connection.execute(_SCHEMA)
-        missing = _pending(connection)
-        for migration in missing:
-            connection.execute(migration.sql.encode())
-            connection.execute(migration.record.encode())
-        if roles:
-            connection.execute(_ROLES)
-        connection.execute(_code().encode())
-    return [migration.name for migration in missing]
+    told = False
+    while True:
+        try:
+            return _try(dsn, roles=roles)
+        except psycopg.errors.LockNotAvailable:
+            if not told:
+                _log.warning(
+                    "the migration waits for a transaction that uses the schema commandbus, such as a long query on "
+                    "one of its views: nothing is changed yet, and it is tried again every second; end that "
+                    "transaction to go on at once"
+                )
+            told = True
+        time.sleep(_PAUSE)
 
 
 def pending(dsn: str | None = None) -> list[str]:
@@ -109,6 +121,21 @@ def explain_mismatch(version: int | None, oldest_client: int | None) -> str | No
             f"{ours}: upgrade the commandbus package"
         )
     return None
+
+
+def _try(dsn: str | None, *, roles: bool) -> list[str]:
+    with _connect(dsn) as connection:
+        connection.execute(_LOCK)
+        connection.execute(_PATIENCE)
+        connection.execute(_SCHEMA)
+        missing = _pending(connection)
+        for migration in missing:
+            connection.execute(migration.sql.encode())
+            connection.execute(migration.record.encode())
+        if roles:
+            connection.execute(_ROLES)
+        connection.execute(_code().encode())
+    return [migration.name for migration in missing]
 
 
 def _connect(dsn: str | None) -> psycopg.Connection:

@@ -208,6 +208,12 @@ def test_what_python_cannot_read_can_be_edited(cli: CommandLine, park: Park, db:
     assert cli.look("data", command_id) == {"keep": "me", "big": 2}
 
 
+def test_an_edit_shows_a_change_of_one_end_of_line_for_another(cli: CommandLine, park: Park) -> None:
+    command_id = park('{"n": "a\u2028b"}')
+    shown = cli("troubleshooting", "edit", "shop", command_id, "--data", '{"n": "a\u2029b"}').stdout
+    assert '-    "n": "a\\u2028b"\n+    "n": "a\\u2029b"\n' in shown
+
+
 def test_an_edit_of_what_is_locked_is_told(cli: CommandLine, park: Park) -> None:
     command_id = park('{"n": 1}')
     with psycopg.connect(cli.dsn) as other:

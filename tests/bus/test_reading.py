@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from datetime import timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -129,7 +129,26 @@ BAD_CURSORS = {
     "no id": _encoded('["d", "x"]'),
     "a number as id": _encoded('["d", 5]'),
     "null as id": _encoded('["d", null]'),
+    "deep": _encoded("[" * 100_000),
 }
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"], ids=ascii)
+async def test_words_that_postgresql_cannot_take_are_refused_by_type(bus: CommandBus, text: str) -> None:
+    for ask in (
+        lambda: bus.count(domain=text),
+        lambda: bus.query_commands(command_type=text),
+        lambda: bus.get_command(text, UUID(int=7)),
+        lambda: bus.cancel(text, UUID(int=7)),
+    ):
+        with pytest.raises(InvalidCommandError, match="correct the text"):
+            await ask()
+
+
+async def test_since_has_bounds(bus: CommandBus) -> None:
+    for since in (timedelta.max, timedelta(seconds=-1)):
+        with pytest.raises(InvalidCommandError, match=r"since is .*: it must be 0 to 3650 days"):
+            await bus.query_commands(since=since)
 
 
 async def test_a_cursor_is_one_that_a_page_gave(bus: CommandBus) -> None:

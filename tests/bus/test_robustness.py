@@ -102,6 +102,15 @@ ODD_SETTINGS = {
     "intervalstyle": "sql_standard",
     "extra_float_digits": "-3",
     "bytea_output": "escape",
+    "client_encoding": "LATIN1",
+    "search_path": "nowhere",
+    "row_security": "off",
+    "synchronous_commit": "off",
+    "plan_cache_mode": "force_custom_plan",
+    "standard_conforming_strings": "off",
+    "array_nulls": "off",
+    "transform_null_equals": "on",
+    "default_transaction_deferrable": "on",
 }
 
 
@@ -250,6 +259,10 @@ async def test_a_hint_that_fails_takes_no_receipts_from_a_batch(bus: CommandBus,
         ("command_id", "5"),
         ("headers", {"a": 5}),
         ("headers", {5: "a"}),
+        ("headers", 5),
+        ("headers", "text"),
+        pytest.param("priority", 10**5000, id="priority of many digits"),
+        pytest.param("command_id", 10**5000, id="command_id of many digits"),
         ("priority", "high"),
         ("priority", True),
         ("max_attempts", 0),
@@ -267,9 +280,11 @@ async def test_a_field_of_the_wrong_kind_is_named(bus: CommandBus, db: Connectio
 
 @pytest.mark.parametrize("field", ["domain", "command_type"])
 async def test_a_name_of_the_wrong_kind_is_named(bus: CommandBus, db: Connection, field: str) -> None:
-    names: dict[str, Any] = {"domain": DOMAIN, "command_type": "Debit", field: 5}
-    with pytest.raises(InvalidCommandError, match=field):
-        await bus.send(names["domain"], names["command_type"], {})
+    for wrong in (5, 10**5000, "x" * 10**6):
+        names: dict[str, Any] = {"domain": DOMAIN, "command_type": "Debit", field: wrong}
+        with pytest.raises(InvalidCommandError, match=field) as caught:
+            await bus.send(names["domain"], names["command_type"], {})
+        assert len(str(caught.value)) < 300
     assert ids(db) == []
 
 

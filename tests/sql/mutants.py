@@ -140,6 +140,11 @@ _ALL = (
         "test_send.py::test_what_counts_is_what_was_first_sent[False]",
     ),
     Mutant(
+        "send-again-writes-nothing", "a duplicate is acknowledged before its first is with the standby", "send.sql",
+        (("PERFORM pg_logical_emit_message(true, 'commandbus', '');", "NULL;"),),
+        "test_send.py::test_a_duplicate_is_as_durable_as_what_is_accepted[PENDING]",
+    ),
+    Mutant(
         "send-unordered", "ids are locked in the order of the caller", "send.sql",
         (("ORDER BY g.domain, g.command_id, g.n", "ORDER BY g.n"),),
         "test_send.py::test_senders_of_the_same_ids_in_any_order_do_not_deadlock",

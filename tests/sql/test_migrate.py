@@ -19,6 +19,7 @@ from tests.sql.support import (
     claim,
     complete_all,
     everything,
+    impatient,
     one,
     operator_verb,
     outcome,
@@ -26,6 +27,7 @@ from tests.sql.support import (
     send_ids,
     sqlstate,
 )
+from tests.support import eventually
 
 NAMES = [migration.name for migration in migrations()]
 
@@ -204,6 +206,29 @@ def test_an_open_migration_holds_no_command_up(dsn: str, db: Connection) -> None
         assert operator_verb(db, "cancel", *send_ids(db)) == "ok"
         assert sqlstate(lambda: rows(db, "SELECT FROM commandbus.commands")) == "55P03"  # but readers of views wait
         migrating.rollback()
+
+
+def test_a_migration_that_waits_holds_nobody_up(
+    dsn: str, db: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who reads a view queues behind the migration, which queues behind a long report: unless it gives way."""
+    waiting = """SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                 WHERE NOT l.granted AND l.relation = 'commandbus.commands'::regclass
+                   AND a.application_name = 'commandbus migrate'"""
+    report, reader = connect(), impatient(connect(autocommit=True))
+    report.execute("SELECT FROM commandbus.commands")
+    with background() as pool:
+        migrating = pool.submit(migrate, dsn)
+        try:
+            tries = set[object]()
+            while len(tries) < 3:
+                tries.add(eventually(partial(rows, db, waiting), timeout=60, what="a migration that waits")[0])
+                rows(reader, "SELECT FROM commandbus.commands")
+            assert not migrating.done()
+        finally:
+            report.rollback()
+        assert migrating.result() == []
+    assert [record.name for record in caplog.records] == ["commandbus.migrate"]  # and says so once
 
 
 def test_a_migration_calls_nothing_that_lies_in_the_path_of_its_owner(empty_dsn: str) -> None:

@@ -80,6 +80,18 @@ def test_no_data_is_null(db: Connection) -> None:
     assert claim(db)[0]["data"] == "null"
 
 
+@pytest.mark.parametrize("status", ["PENDING", "COMPLETED"])
+def test_a_duplicate_is_as_durable_as_what_is_accepted(db: Connection, connect: Connect, status: str) -> None:
+    """Only a transaction that has written something waits, as it commits, for the disk and a synchronous standby."""
+    arrange(db, status, command_id=OWN)
+    # A sequence writes once in 32 times. Let it be now, and not as the command is sent again.
+    one(db, "SELECT setval('commandbus.command_seq', nextval('commandbus.command_seq'))")
+    one(db, "SELECT nextval('commandbus.command_seq')")
+    caller = connect()
+    assert send_own(caller) == "duplicate"
+    assert one(caller, "SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+
+
 def test_the_same_contents_in_another_spelling_are_a_duplicate(db: Connection) -> None:
     send_own(db, data={"a": 1, "b": [1, 2]})
     assert send_own(db, data={"b": [1, 2], "a": 1}) == "duplicate"

@@ -260,7 +260,7 @@ def test_only_a_session_of_our_own_is_reset(dsn: str, pooler: str, db: Connectio
     connections = BlockingConnections(
         Database(route, connections=1, application_name="test", transaction_pooler=pooled)
     )
-    with connections.transaction() as connection:
+    with connections.transaction(lambda _: True) as connection:
         connection.execute("SELECT 1")
     assert len(handler_sessions(db)) == (0 if pooled else 1)
     connections.close()

@@ -64,6 +64,19 @@ def test_an_exception_is_a_verdict(error: BaseException, kind: str) -> None:
     assert failed(error, HANDLER, 1).kind == kind
 
 
+class Forgetful(BusinessRuleError):  # noqa: N818 - a name for a test
+    """A verdict that does not call the constructor of its base class."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_verdict_without_words_stands() -> None:
+    ending = failed(Forgetful(), HANDLER, 1)
+    assert (ending.kind, error_of(ending)) == ("BUSINESS", {"code": "Forgetful", "message": ""})
+    assert not str(Forgetful())
+
+
 def test_the_policy_goes_along() -> None:
     ending = failed(ValueError(), HANDLER, 2)
     assert (ending.retry_in, ending.max_attempts) == (timedelta(seconds=7), 5)

@@ -216,3 +216,20 @@ def test_the_words_of_an_operator_have_no_nul(field: str) -> None:
     words = {"operator": "ana", "reason": "why"} | {field: "a\0b"}
     with pytest.raises(InvalidCommandError, match=f"command {OWN}: {field} has a NUL"):
         _calls.cancel("d", OWN, **words)
+    with pytest.raises(InvalidCommandError, match=f"{field} has a NUL"):
+        _calls.operator_bulk("d", "cancel", [(OWN, 1)], **words, value=None)
+
+
+class Mute(str):
+    """A text that does not tell itself."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_a_path_tells_a_key_whatever_its_class_does() -> None:
+    assert encode({Mute("k"): [[[]]] * 40}, "data") == json.dumps({"k": [[[]]] * 40}, separators=(",", ":"))
+    with pytest.raises(InvalidCommandError, match=r"data\.k is not a finite number"):
+        encode({Mute("k"): math.inf}, "data")

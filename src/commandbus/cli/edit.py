@@ -78,7 +78,8 @@ def edit(
             }
         )
         return
-    for line in difflib.unified_diff(old.splitlines(), new.splitlines(), "old data", "new data", lineterm=""):
+    # Not splitlines, which would hide characters that end a line elsewhere, such as U+2028.
+    for line in difflib.unified_diff(old.split("\n"), new.split("\n"), "old data", "new data", lineterm=""):
         terminal.say(line)
     terminal.say(f"retried {command_id}")
 

@@ -80,14 +80,17 @@ def failed(error: BaseException, handler: Handler, attempt: int) -> Failed:
             kind = "PERMANENT"
         case _:
             kind = "TRANSIENT"
-    code: object
-    message: object
     if isinstance(error, CommandError):
-        code, message, details = error.code, error.message, error.details
+        text = _error_text(code_of(error), error.message, error.details)
     else:
-        code, message, details = type(error).__name__, error, {"traceback": _traceback(error)}
-    text = _error_text(code, message, details)
+        text = _error_text(code_of(error), error, {"traceback": _traceback(error)})
     return Failed(kind, text, handler.retry.wait_after(attempt), handler.retry.max_attempts)
+
+
+def code_of(error: BaseException) -> str:
+    """Return the short name under which an error is kept."""
+    code = error.code if isinstance(error, CommandError) else None
+    return storable(type(error).__name__ if code is None or code == "" else code, MAX_CODE)
 
 
 def unreadable(error: Exception) -> PermanentCommandError:
@@ -133,8 +136,8 @@ def _traceback(error: BaseException) -> str:
     return storable(text if len(text) <= MAX_TEXT // 2 else f"{_CUT}\n{text[-MAX_TEXT // 2 :]}")
 
 
-def _error_text(code: object, message: object, details: Json) -> str:
-    error: dict[str, Json] = {"code": storable(code, MAX_CODE), "message": storable(message)}
+def _error_text(code: str, message: object, details: Json) -> str:
+    error: dict[str, Json] = {"code": code, "message": storable(message)}
     if details is not None:
         error["details"] = _storable_details(details)
     return json.dumps(error)

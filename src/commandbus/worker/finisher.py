@@ -88,11 +88,7 @@ class Finisher:
                 case "busy":
                     asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.put, lease, ending)
                 case _:
-                    over.append(lease)
-                    logger.warning(
-                        "the lease was lost before its outcome was recorded; nothing was changed",
-                        extra=lease.log_extra(self._leases.worker),
-                    )
+                    over.append(self._lost(lease))
         self._let_go(over)
 
     def close(self) -> None:
@@ -133,8 +129,10 @@ class Finisher:
         held, over = [], []
         for outcome in outcomes:
             lease, ending = outcome
-            if isinstance(ending, Recorded) or not lease.held:
+            if isinstance(ending, Recorded):
                 over.append(lease)
+            elif not lease.held:
+                over.append(self._lost(lease))
             else:
                 held.append(outcome)
         self._let_go(over)
@@ -164,6 +162,13 @@ class Finisher:
         await asyncio.sleep(self._pause)
         for lease, ending in outcomes:
             self.put(lease, ending)
+
+    def _lost(self, lease: Lease) -> Lease:
+        logger.warning(
+            "the lease was lost before its outcome was recorded; nothing was changed",
+            extra=lease.log_extra(self._leases.worker),
+        )
+        return lease
 
     def _let_go(self, leases: list[Lease]) -> None:
         if leases:

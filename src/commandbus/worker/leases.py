@@ -18,7 +18,7 @@ from commandbus.handlers import Handler
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("cancelled", "claimed", "completing", "deadline", "handler", "held", "lost", "task")
+    __slots__ = ("cancelled", "charged", "claimed", "completing", "deadline", "handler", "held", "lost", "task")
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
@@ -27,8 +27,14 @@ class Lease:
         self.task: asyncio.Task[None] | None = None
         self.held = False  # and not replaced by a newer lease of the same command
         self.lost = False
+        self.charged = False  # what fails in its transaction is the handler's doing, not a statement of the library's
         self.completing = False  # the completion stands in a transaction that may commit
         self.cancelled = False  # the handler's outcome can no longer be recorded; any thread may say so
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep so long in this thread; whether it is `cancelled` then."""
+        time.sleep(seconds)
+        return self.cancelled
 
     def item(self, more: str = "") -> str:
         """Return the JSON that names this lease in a call."""

@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 
 from commandbus import _calls
-from commandbus._database import Database, execute
+from commandbus._database import Database, execute, hung_up
 from commandbus._failures import brief
 from commandbus.errors import CommandBusError
 from commandbus.worker.leases import Lease, Leases
@@ -33,7 +33,8 @@ _BUSY_PAUSE = 0.05
 class Renewer:
     """Renews every third of the lease.
 
-    In its thread it calls `lost` for a lease that cannot be trusted any more, and `failed` should it break down.
+    In its thread it calls `lost` for a lease that cannot be trusted any more, `connected` when it is, and `failed`
+    should it break down.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Renewer:
         database: Database,
         leases: Leases,
         lost: Callable[[Lease], None],
+        connected: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
+        self.is_connected = False  # without a connection what is claimed now could not be renewed later
         self._database = database
         self._leases = leases
         self._lost = lost
+        self._connected = connected
         self._failed = failed
         self._thread = threading.Thread(target=self._serve, name=f"{leases.worker}-renewer", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +103,7 @@ class Renewer:
     async def _renew_until_stopped(self) -> None:
         connection: psycopg.AsyncConnection[Any] | None = None
         interval = self._leases.duration.total_seconds() / 3
-        pause = interval
+        pause = 0.0
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(TimeoutError):
@@ -107,15 +111,20 @@ class Renewer:
                         await self._stopped.wait()
                     break
                 try:
-                    if len(self._leases):
-                        connection = connection or await self._database.connect()
-                        await self._renew(connection)
+                    if connection is not None and hung_up(connection):  # perhaps it was idle for too long
+                        await connection.close()
+                        connection = None
+                    connection = connection or await self._database.connect()
+                    if not self.is_connected:
+                        self.is_connected = True
+                        self._connected()
+                    await self._renew(connection)
                     pause = interval
                 except (CommandBusError, psycopg.Error, OSError) as error:
-                    logger.warning(
-                        "leases could not be renewed, again in %.1f s: %s", min(1.0, interval / 4), brief(error)
-                    )
+                    self.is_connected = False
                     pause = min(1.0, interval / 4)
+                    level = logging.WARNING if len(self._leases) else logging.DEBUG
+                    logger.log(level, "leases could not be renewed, again in %.1f s: %s", pause, brief(error))
                     if connection is not None:
                         await connection.close()
                     connection = None

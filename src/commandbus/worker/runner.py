@@ -9,24 +9,25 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg
 
 from commandbus._connections import adopt, drive, drive_blocking
 from commandbus._database import CALL_SECONDS, Database, execute
-from commandbus._failures import is_connection_lost, printable
+from commandbus._failures import brief, is_connection_lost, is_short_of, printable
 from commandbus.bus import CommandBus
-from commandbus.errors import CommandError, LeaseLostError, TransientCommandError
+from commandbus.errors import DatabaseUnavailableError, LeaseLostError, TransientCommandError
 from commandbus.handlers import AsyncFunction, BlockingContext, BlockingFunction, HandlerContext, Middleware
 from commandbus.model import Command, Json
 from commandbus.worker.endings import (
-    MAX_CODE,
     Completed,
     Ending,
     Failed,
     Recorded,
     Released,
+    code_of,
     completed,
     failed,
     storable,
@@ -40,6 +41,10 @@ logger = logging.getLogger("commandbus.worker")
 
 T = TypeVar("T")
 NewContext: TypeAlias = Callable[[Command, Lease, psycopg.Connection[Any] | None], BlockingContext[Any]]
+
+
+class _TimedOutCommandError(TransientCommandError):
+    """The handler's timeout is over."""
 
 
 class Runner:
@@ -112,9 +117,7 @@ class Runner:
 
     async def _run(self, lease: Lease) -> None:
         try:
-            if lease.cancelled:  # before it began
-                raise asyncio.CancelledError
-            ending = await self._ending(lease)
+            ending = Recorded() if lease.lost else await self._ending(lease)
         except asyncio.CancelledError:
             # Not passed on: only this worker cancels these tasks, when a lease is lost or the grace is over.
             ending = Recorded() if lease.lost else Released()
@@ -167,7 +170,6 @@ class Runner:
         """
         attempt, limit = lease.claimed.attempts + 1, lease.claimed.max_attempts or lease.handler.retry.max_attempts
         ending = failed(error, lease.handler, attempt)
-        code = printable(storable(error.code, MAX_CODE)) if isinstance(error, CommandError) else type(error).__name__
         match ending.kind:
             case "BUSINESS":
                 level, then = logging.INFO, "it ends as FAILED"
@@ -175,7 +177,14 @@ class Runner:
                 level, then = logging.WARNING, f"again in {ending.retry_in.total_seconds():.1f} s"
             case _:
                 level, then = logging.ERROR, "it is parked in the troubleshooting queue"
-        logger.log(level, "attempt %d failed with %s: %s", attempt, code, then, extra=lease.log_extra(self._worker))
+        logger.log(
+            level,
+            "attempt %d failed with %s: %s",
+            attempt,
+            printable(code_of(error)),
+            then,
+            extra=lease.log_extra(self._worker),
+        )
         return ending
 
     @contextlib.contextmanager
@@ -210,7 +219,7 @@ class Runner:
             if not scope.expired():
                 raise
             lease.cancelled = True
-            raise TransientCommandError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
+            raise _TimedOutCommandError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
 
     async def _call(
         self, lease: Lease, command: Command, connection: psycopg.AsyncConnection[Any] | None = None
@@ -251,7 +260,7 @@ class Runner:
                 self._freed()
                 logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
             elif isinstance(outcome[1], StopIteration | GeneratorExit | KeyboardInterrupt | asyncio.CancelledError):
-                future.set_exception(TransientCommandError(type(outcome[1]).__name__, str(outcome[1])))
+                future.set_exception(TransientCommandError(type(outcome[1]).__name__, storable(outcome[1])))
             elif outcome[1] is not None:
                 future.set_exception(outcome[1])
             else:
@@ -274,7 +283,8 @@ class Runner:
         """Run the handler and record its completion in one transaction.
 
         When the connection breaks at the end, the outcome is unknown and the lease is released: the fence lets that
-        pass only if nothing was committed.
+        pass only if nothing was committed. So it is when the server cannot do, before and after the handler, what is
+        the library's own: that is not the handler's failure.
         """
         try:
             if lease.handler.blocking:
@@ -287,15 +297,22 @@ class Runner:
             logger.warning(
                 "the lease was lost; the handler's transaction is rolled back", extra=lease.log_extra(self._worker)
             )
-        except psycopg.Error as error:
-            if not (lease.completing and is_connection_lost(error)):
+        except (psycopg.Error, DatabaseUnavailableError, _TimedOutCommandError) as error:
+            unknown = lease.completing and is_connection_lost(error)
+            not_its_doing = not lease.charged and (is_short_of(error) or isinstance(error, _TimedOutCommandError))
+            if not (unknown or not_its_doing):
                 raise
+            logger.warning(
+                "the handler's transaction is rolled back and released: %s",
+                brief(error),
+                extra=lease.log_extra(self._worker),
+            )
             return Released()
         return Recorded()
 
     async def _transact(self, lease: Lease, command: Command) -> None:
         assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
-        async with self._transactions.connection() as connection, connection.transaction():
+        async with self._transactions.connection(inf) as connection, connection.transaction():
 
             def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
                 if wanted is RUN:
@@ -306,7 +323,7 @@ class Runner:
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
-        with self._connections.transaction() as connection:
+        with self._connections.transaction(lease.wait) as connection:
             own = adopt(connection)
 
             def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN

@@ -13,7 +13,7 @@ from commandbus import _calls
 from commandbus._connections import Steps, Work, arun_on, run_on
 from commandbus._database import Database, hung_up, reset_blocking
 from commandbus._failures import is_refusal
-from commandbus.errors import LeaseLostError, PermanentCommandError, TransientCommandError
+from commandbus.errors import DatabaseUnavailableError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
 from commandbus.worker.endings import Completed, Failed, completed, failed, unstorable
 from commandbus.worker.leases import Lease
@@ -22,6 +22,7 @@ RUN: Final = object()
 """What the steps of `handle` yield where the handler is to be called; its result is the answer."""
 
 _BUSY_TRIES, _BUSY_PAUSE = 40, 0.05  # seconds
+_CONNECT_PAUSE = 1.0
 
 
 def handle(lease: Lease, ending: Callable[[Json, Lease], Completed]) -> Steps[None]:
@@ -30,12 +31,15 @@ def handle(lease: Lease, ending: Callable[[Json, Lease], Completed]) -> Steps[No
     The completion comes last, so that its row locks are held for one commit only.
     """
     before = yield _calls.transaction()
+    lease.charged = True
     result = yield RUN
     if before != (yield _calls.transaction(last=True)):
         raise PermanentCommandError(
             "TRANSACTION_ENDED", "the handler ended the transaction by itself: what it wrote may be committed"
         )
+    lease.charged = False
     yield from complete(lease, ending(result, lease))
+    lease.charged = True  # with what its constraints say to the commit
 
 
 def complete(lease: Lease, ending: Completed) -> Steps[None]:
@@ -103,9 +107,12 @@ class BlockingConnections:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[psycopg.Connection[Any]]:
-        """Lend a connection inside a transaction, which ends as the block does."""
-        connection = self._connection()
+    def transaction(self, wait: Callable[[float], bool]) -> Iterator[psycopg.Connection[Any]]:
+        """Lend a connection inside a transaction, which ends as the block does.
+
+        While there is none, `wait` is called with seconds; when it returns true, `DatabaseUnavailableError` is raised.
+        """
+        connection = self._connection(wait)
         try:
             with connection.transaction():
                 yield connection
@@ -120,16 +127,21 @@ class BlockingConnections:
                 return
         connection.close()
 
-    def _connection(self) -> psycopg.Connection[Any]:
+    def _connection(self, wait: Callable[[float], bool]) -> psycopg.Connection[Any]:
         """Take one that is idle, else connect. After a restart of the server those that are idle are dead."""
         while True:
             with self._lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return self._database.connect_blocking()
-            if not hung_up(connection):
+                try:
+                    return self._database.connect_blocking()
+                except DatabaseUnavailableError:
+                    if wait(_CONNECT_PAUSE):
+                        raise
+            elif not hung_up(connection):
                 return connection
-            connection.close()
+            else:
+                connection.close()
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed when it comes back."""

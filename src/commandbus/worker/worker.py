@@ -163,7 +163,7 @@ class Worker:
             start=self._start,
             idle=lambda: not len(self._leases),
         )
-        self._renewer = Renewer(database, self._leases, self._lose, self._fail_from_thread)
+        self._renewer = Renewer(database, self._leases, self._lose, self._freed_from_thread, self._fail_from_thread)
 
     def _blocking_context(
         self, command: Command, lease: Lease, connection: psycopg.Connection[Any] | None
@@ -191,6 +191,8 @@ class Worker:
         return Heartbeat(database, self.name, types, self._concurrency)
 
     def _free(self) -> int:
+        if not self._renewer.is_connected:
+            return 0
         # Endings wait to be recorded while the next handlers run, but not without bound.
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
 
@@ -297,6 +299,11 @@ class Worker:
             )
         return report
 
+    def _freed_from_thread(self) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._freed)
+
     def _fail_from_thread(self, error: BaseException) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -325,6 +332,8 @@ class Worker:
         if lease.lost:
             return
         lease.lost = True
+        if lease.cancelled:
+            return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
         lease.cancelled = True
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
         if self._loop is not None and lease.task is not None:

@@ -100,6 +100,10 @@ END $$;
 
 -- _settle_own_id: what becomes of an id of the caller's own, after the insert was tried. Raises CB004 and 40001.
 -- p_fresh: the insert put it in; it is taken out again when history knows the id.
+-- A duplicate must be as durable as what was accepted, so that something has to be written: a commit that has written
+-- nothing waits neither for the disk nor for a synchronous standby. When a sender's backend was ended as it waited for
+-- the standby, its command is there to see before the standby has it; sent again, it was acknowledged, and lost with
+-- the primary. The message is a WAL record and nothing else.
 CREATE OR REPLACE FUNCTION commandbus._settle_own_id(p_domain text, p_id uuid, p_hash bytea, p_fresh boolean)
 RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
@@ -124,6 +128,8 @@ BEGIN
     END IF;
     IF p_fresh THEN
         DELETE FROM commandbus.command c WHERE c.domain = p_domain AND c.command_id = p_id;
+    ELSE
+        PERFORM pg_logical_emit_message(true, 'commandbus', '');
     END IF;
     RETURN CASE WHEN v_hash = p_hash THEN 'duplicate' ELSE 'conflict' END;
 END $$;

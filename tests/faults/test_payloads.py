@@ -1,0 +1,353 @@
+"""Hostile payloads through send, handlers, errors and reading, in both halves.
+
+What is refused is refused with `InvalidCommandError`, what is accepted comes back as it was sent, and whatever a
+handler makes of it can be recorded and read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, cast
+from uuid import UUID
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from commandbus import (
+    BusinessRuleError,
+    Command,
+    CommandBus,
+    CommandBusError,
+    CommandError,
+    CommandStatus,
+    HandlerRegistry,
+    InvalidCommandError,
+    PermanentCommandError,
+    RetryPolicy,
+    SendRequest,
+    TransientCommandError,
+    TroubleshootingFilter,
+    TroubleshootingQueue,
+    Worker,
+)
+from commandbus._limits import MAX_BYTES
+from tests import blocking
+from tests.bus.support import Connection, one, rows, until
+from tests.faults.payloads import (
+    ANY_TEXTS,
+    ASYNC,
+    BAD_COMMANDS,
+    BLOCKING,
+    CASES,
+    DOMAIN,
+    JSON_TEXTS,
+    MAX_DATA,
+    TRANSACTIONAL,
+    VALUES,
+    WORDS,
+    Case,
+    Mute,
+    as_stored,
+    fits,
+    same,
+)
+from tests.support import Route, direct_only
+from tests.worker.support import PARKED
+
+EACH = 20  # commands of one example
+SAMPLE = 25  # examples; of each test and half, 500 commands
+LONG = 1250
+VERDICTS = (TransientCommandError, PermanentCommandError, BusinessRuleError)
+ID = UUID(int=7)
+_numbers = itertools.count()
+
+fuzzed = settings(phases=(Phase.explicit, Phase.generate), deadline=None, suppress_health_check=list(HealthCheck))
+lengths = pytest.mark.parametrize("examples", [SAMPLE, pytest.param(LONG, marks=pytest.mark.long)])
+
+
+class Stage:
+    """A bus and a worker on a loop of their own, which runs while an example does."""
+
+    def __init__(self, route: Route, db: Connection) -> None:
+        self.db = db
+        self.runner = asyncio.Runner()
+        self.seen: dict[str | None, Command] = {}
+        self._route = route
+        self._plans: dict[str | None, Case] = {}
+
+    def _registry(self) -> HandlerRegistry:
+        registry = HandlerRegistry()
+        policy = RetryPolicy(1)
+
+        def end(command: Command) -> object:
+            self.seen[command.reply_to] = command
+            plan = self._plans.get(command.reply_to)
+            if plan is None:
+                return command.data
+            if plan.error is not None:
+                raise plan.error
+            return plan.result
+
+        @registry.handler(DOMAIN, ASYNC, retry=policy)
+        async def on_the_loop(command: Command, context: object) -> object:
+            return end(command)
+
+        @registry.handler(DOMAIN, BLOCKING, retry=policy)
+        def in_a_thread(command: Command, context: object) -> object:
+            return end(command)
+
+        @registry.handler(DOMAIN, TRANSACTIONAL, transactional=True, retry=policy)
+        async def in_a_transaction(command: Command, context: object) -> object:
+            return end(command)
+
+        return registry
+
+    async def start(self) -> None:
+        self.bus = CommandBus(**self._route)
+        self._worker = Worker(self.bus, DOMAIN, self._registry(), concurrency=50, thread_pool_size=4)
+        await self.bus.open()
+        self._work = asyncio.ensure_future(self._worker.run())
+
+    async def end(self) -> None:
+        assert not self._work.done(), "the worker has ended by itself"
+        self._worker.stop()
+        await asyncio.wait_for(self._work, 40)
+        await self.bus.close()
+
+    async def play(self, cases: Sequence[Case], *, as_batch: bool) -> list[Command]:
+        """Send these, let them be handled, and return what became of each; a good one that follows is handled, too."""
+        requests = []
+        for case in cases:
+            name = f"case-{next(_numbers)}"
+            self._plans[name] = case
+            requests.append(SendRequest(**case.given, reply_to=name))
+        if as_batch:
+            receipts = await self.bus.send_batch(requests)
+        else:
+            receipts = await asyncio.gather(*(self.bus.send(**case_of(request)) for request in requests))
+        good = await self.bus.send(DOMAIN, ASYNC, "good")
+        await until(self.is_idle, "the end of all commands", timeout=60)
+        assert (await self.bus.get_command(good)).result == "good"
+        return [await self.bus.get_command(receipt) for receipt in receipts]
+
+    def is_idle(self) -> bool:
+        """Whether all commands are finished or parked."""
+        unfinished = "SELECT count(*) FROM commandbus.command WHERE status IN ('PENDING', 'SCHEDULED', 'IN_PROGRESS')"
+        return bool(one(self.db, unfinished) == 0)
+
+
+def case_of(request: SendRequest) -> dict[str, Any]:
+    """The arguments of `send` that say the same."""
+    return {name: getattr(request, name) for name in request.__slots__}
+
+
+@pytest.fixture
+def stage(route: Route, db: Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    # A loop that runs while Hypothesis draws would use `random` then, which Hypothesis takes for a fault of ours.
+    monkeypatch.setattr(blocking, "make_runtime", blocking.tests_loop)
+    db.execute("UPDATE commandbus.setting SET value = %s WHERE name = 'max_data_bytes'", [str(MAX_DATA)])
+    stage = Stage(route, db)
+    with stage.runner:
+        stage.runner.run(stage.start())
+        yield stage
+        stage.runner.run(stage.end())
+
+
+@direct_only
+@lengths
+def test_what_is_accepted_comes_back_and_ends_as_its_handler_says(stage: Stage, examples: int) -> None:
+    @settings(fuzzed, max_examples=examples)
+    @given(st.lists(CASES, min_size=EACH, max_size=EACH), st.booleans())
+    def play(cases: list[Case], as_batch: bool) -> None:  # noqa: FBT001 - Hypothesis gives it
+        commands = stage.runner.run(stage.play(cases, as_batch=as_batch))
+        for case, command in zip(cases, commands, strict=True):
+            check_sent(case, stage.seen[command.reply_to], command)
+            check_ending(case, command)
+
+    play()
+
+
+def check_sent(case: Case, seen: Command, read: Command) -> None:
+    """What the handler saw, and what is read of it now, is what was sent."""
+    sent = {"correlation_id": None, "max_attempts": None, "priority": 0, "headers": {}} | case.given
+    for command in seen, read:
+        assert same(command.data, as_stored(sent["data"])), case
+        assert same(command.headers, as_stored(sent["headers"])), case
+        assert command.correlation_id == sent["correlation_id"], case
+        assert (command.max_attempts, command.priority) == (sent["max_attempts"], sent["priority"]), case
+
+
+def check_ending(case: Case, command: Command) -> None:
+    """The handler's verdict stands, with its words as far as they can be kept."""
+    error = case.error
+    if error is None:
+        assert command.status == CommandStatus.COMPLETED, case
+        if fits(case.result, MAX_BYTES, any_keys=True):
+            assert same(command.result, as_stored(case.result)), case
+        else:
+            assert command.result["commandbus"] == "result replaced", case
+        return
+    assert command.status == (CommandStatus.FAILED if isinstance(error, BusinessRuleError) else PARKED), case
+    assert command.error is not None, case
+    assert len(command.error.code) <= 128, case
+    assert len(command.error.message) <= 4096, case
+    if type(error) in VERDICTS:
+        assert isinstance(error, CommandError)
+        if type(error.code) is str and 0 < len(error.code) <= 128 and fits(error.code):
+            assert command.error.code == error.code, case
+        if type(error.message) is str and len(error.message) <= 4096 and fits(error.message):
+            assert command.error.message == error.message, case
+        if fits(error.details, 1024, any_keys=True):
+            assert same(command.error.details, as_stored(error.details)), case
+
+
+@direct_only
+@lengths
+def test_what_is_refused_is_refused_by_type_and_nothing_is_written(stage: Stage, examples: int) -> None:
+    @settings(fuzzed, max_examples=examples)
+    @given(st.lists(BAD_COMMANDS, min_size=EACH, max_size=EACH), CASES)
+    def refuse(bad: list[Case], good: Case) -> None:
+        async def send() -> None:
+            for case in bad:
+                with pytest.raises(InvalidCommandError) as caught:
+                    await stage.bus.send(**case.given)
+                assert str(caught.value).isprintable()
+                assert len(str(caught.value)) < 1000
+                with pytest.raises(InvalidCommandError):
+                    await stage.bus.send_batch([SendRequest(**good.given), SendRequest(**case.given)])
+
+        stage.runner.run(send())
+
+    refuse()
+    assert one(stage.db, "SELECT count(*) FROM commandbus.commands") == 0
+
+
+@direct_only
+@lengths
+def test_what_another_language_sends_is_refused_handled_or_parked_as_unreadable(stage: Stage, examples: int) -> None:
+    @settings(fuzzed, max_examples=examples)
+    @given(st.lists(JSON_TEXTS, min_size=EACH, max_size=EACH))
+    def send(texts: list[str]) -> None:
+        sent = {command_id: text for text in texts if (command_id := send_in_sql(stage.db, text))}
+        stage.runner.run(stage.play([], as_batch=True))
+        for command_id in sent:
+            command = stage.runner.run(stage.bus.get_command(DOMAIN, command_id))
+            (stored,) = rows(stage.db, "SELECT data::text FROM commandbus.commands WHERE command_id = %s", command_id)
+            try:
+                data = json.loads(stored[0])
+            except ValueError:
+                assert command.status == PARKED, stored
+                assert command.error is not None, stored
+                assert command.error.code == "UNREADABLE", stored
+            else:
+                assert command.status == CommandStatus.COMPLETED, stored
+                assert same(command.data, data), stored
+
+    send()
+
+
+def send_in_sql(db: Connection, data: str) -> UUID | None:
+    """Send data as another language would; None if PostgreSQL refuses them."""
+    try:
+        text = f'[{{"domain":"{DOMAIN}","command_type":"{ASYNC}","data":{data}}}]'
+        return cast("UUID", one(db, "SELECT command_id FROM commandbus.send_v1(%s)", text))
+    except psycopg.Error as error:
+        if (error.sqlstate or "")[:2] not in {"22", "54", "CB"}:
+            raise
+        return None
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+ASKING: dict[str, Callable[[Any, str], Awaitable[object]]] = {
+    "get_command": lambda bus, text: bus.get_command(text, ID),
+    "get_audit_trail": lambda bus, text: bus.get_audit_trail(text, ID),
+    "explain": lambda bus, text: bus.explain(text, ID),
+    "cancel": lambda bus, text: bus.cancel(text, ID),
+    "count": lambda bus, text: bus.count(domain=text, command_type=text),
+    "stats": lambda bus, text: bus.stats(domain=text),
+    "query_commands": lambda bus, text: bus.query_commands(domain=text, command_type=text),
+    "status": lambda bus, text: bus.query_commands(status=text),
+    "cursor": lambda bus, text: bus.query_commands(cursor=text),
+    "cursor with": lambda bus, text: bus.query_commands(cursor=cursor_with(text)),
+    "since": lambda bus, text: bus.query_commands(since=timedelta.max),
+    "parked": lambda bus, text: TroubleshootingQueue(bus).list_troubleshooting(text, text=text),
+    "groups": lambda bus, text: TroubleshootingQueue(bus).groups(DOMAIN, error_code=text, fingerprint=text),
+}
+
+
+def cursor_with(text: str) -> str:
+    return base64.urlsafe_b64encode(json.dumps([text, str(ID)]).encode()).decode()
+
+
+@direct_only
+@lengths
+def test_a_question_with_hostile_words_has_an_answer_or_a_typed_error(stage: Stage, examples: int) -> None:
+    @settings(fuzzed, max_examples=4 * examples)
+    @given(st.sampled_from(sorted(ASKING)), ANY_TEXTS)
+    def ask(name: str, text: str) -> None:
+        async def answer() -> None:
+            with contextlib.suppress(CommandBusError):
+                await ASKING[name](stage.bus, text)
+
+        stage.runner.run(answer())
+
+    ask()
+
+
+@direct_only
+@lengths
+def test_what_an_operator_says_and_edits_is_kept_or_refused(stage: Stage, examples: int) -> None:
+    acts = st.tuples(st.sampled_from(["retry", "cancel", "complete"]), WORDS, WORDS, VALUES)
+
+    async def act(name: str, command: Command, operator: str, reason: str, value: object) -> None:
+        queue = TroubleshootingQueue(stage.bus)
+        more = {"retry": {"data": value}, "cancel": {}, "complete": {"result_data": value}}[name]
+        allowed = operator != "" and fits(operator) and fits(reason)
+        if allowed and (name == "cancel" or fits(value, MAX_DATA if name == "retry" else MAX_BYTES)):
+            verb = getattr(queue, f"operator_{name}")
+            await verb(DOMAIN, command.command_id, operator=operator, reason=reason, **more)
+            now = await stage.bus.get_command(DOMAIN, command.command_id)
+            trail = await stage.bus.get_audit_trail(DOMAIN, command.command_id)
+            assert [(event.operator, event.reason) for event in trail if event.operator] == [(operator, reason)]
+            if name == "retry":
+                assert same(now.data, as_stored(value if value is not None else command.data))
+            elif name == "complete":
+                assert same(now.result, as_stored(value))
+            return
+        with pytest.raises(InvalidCommandError):
+            await getattr(queue, f"operator_{name}")(
+                DOMAIN, command.command_id, operator=operator, reason=reason, **more
+            )
+
+    async def act_on_many(operator: str, reason: str) -> None:
+        queue = TroubleshootingQueue(stage.bus)
+        count = await queue.count_troubleshooting(DOMAIN)
+        try:
+            await queue.operator_cancel_many(
+                TroubleshootingFilter(DOMAIN), expected_count=count, operator=operator, reason=reason
+            )
+        except InvalidCommandError:
+            await queue.operator_cancel_many(
+                TroubleshootingFilter(DOMAIN), expected_count=count, operator="ana", reason="the words were refused"
+            )
+
+    @settings(fuzzed, max_examples=examples)
+    @given(st.lists(acts, min_size=EACH // 2, max_size=EACH // 2), WORDS, WORDS)
+    def operate(given: list[tuple[str, str, str, object]], operator: str, reason: str) -> None:
+        parked = [Case({"domain": DOMAIN, "command_type": ASYNC, "data": 1}, error=Mute()) for _ in given]
+        commands = stage.runner.run(stage.play(parked, as_batch=True))
+        for one_act, command in zip(given, commands, strict=True):
+            stage.runner.run(act(one_act[0], command, *one_act[1:]))
+        stage.runner.run(stage.play([], as_batch=True))
+        stage.runner.run(act_on_many(operator, reason))
+
+    operate()

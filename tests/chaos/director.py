@@ -20,6 +20,7 @@ from tests.chaos.fleet import Fleet, Member, SenderMember, WorkerMember
 from tests.chaos.operators import STOP
 from tests.chaos.plan import DOMAIN, LEASE, OPERATORS, SENDERS, WORKERS, Fault, Plan
 from tests.chaos.records import Db
+from tests.chaos.sender import BEGIN
 from tests.faults.proxy import Proxy
 from tests.sql.mutants import MUTANTS
 
@@ -102,20 +103,24 @@ class _Director:
         say("sessions")
 
     def _start(self, fleet: Fleet, dsns: list[str]) -> None:
-        journals, plan, began = str(self._journals), self._plan, time.time() + 1
+        journals, plan = str(self._journals), self._plan
         drawn = (str(plan.seed), str(len(plan.commands)), str(len(plan.faults)))
         for number in range(WORKERS):
             colour = "sync" if number % 2 else "async"
             arguments = ("worker", colour, dsns[1 + number], journals)
             fleet.workers.append(WorkerMember(f"worker-{number}-{colour}", self._journals, *arguments))
         for number in range(SENDERS):
-            arguments = ("sender", str(number), dsns[0], journals, str(began), *drawn)
+            arguments = ("sender", str(number), dsns[0], journals, *drawn)
             fleet.senders.append(SenderMember(f"sender-{number}", self._journals, *arguments))
-        for number in range(OPERATORS):
-            arguments = ("operators", str(number), dsns[0], journals, str(plan.seed))
-            fleet.others.append(Member(f"operator-{number}", self._journals, *arguments))
-        fleet.others.append(Member("foreign", self._journals, "foreign", dsns[0], journals, str(plan.seed)))
-        self._began = began
+        for program in ("operators", "foreign"):
+            fleet.others.append(Member(program, self._journals, program, dsns[0], journals, str(plan.seed)))
+        everybody = WORKERS + SENDERS + OPERATORS + 1
+        while sum(note["what"] == "started" for note in journal.read(self._journals)) < everybody:
+            time.sleep(_LOOK)
+        self._began = time.time() + _LOOK
+        begin = self._journals / BEGIN
+        begin.with_suffix(".new").write_text(str(self._began), "utf-8")
+        begin.with_suffix(".new").rename(begin)  # whole or not there
 
     def _strike_all(self, scene: Scene) -> None:
         with ThreadPoolExecutor(_AT_ONCE, "fault") as threads:

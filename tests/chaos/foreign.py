@@ -46,6 +46,7 @@ class Foreigner:
         while not until.exists():
             try:
                 with psycopg.connect(dsn, autocommit=True, connect_timeout=5) as db:
+                    self._journal.note("started")
                     while not until.exists():
                         self._say_what_is_due(db)
                         self._claim(db)

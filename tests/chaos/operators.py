@@ -1,4 +1,4 @@
-"""An operator as a process: `python -m tests.chaos.operators NUMBER DSN JOURNALS SEED`. Works until the file `stop`."""
+"""The operators, in one process: `python -m tests.chaos.operators DSN JOURNALS SEED`. They work until the file `stop`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psycopg
 from commandbus import Command, CommandBusError, CommandStateError, DatabaseUnavailableError, TroubleshootingQueue
 from tests import blocking
 from tests.chaos.journal import Journal
-from tests.chaos.plan import DOMAIN, POISONS
+from tests.chaos.plan import DOMAIN, OPERATORS, POISONS
 from tests.chaos.sender import open_bus
 
 STOP = "stop"
@@ -61,16 +61,23 @@ class Operator:
         self._journal.note("operator", command_id=command.command_id, verb=verb, outcome=outcome)
 
 
-async def main(number: int, dsn: str, journals: str, seed: int) -> None:
+async def work(number: int, dsn: str, journals: str, seed: int) -> None:
     """Work as this operator: every second one with the blocking half."""
+    journal = Journal(journals, f"operator-{number}")
     bus = await open_bus(number, dsn)
+    journal.note("started")
     queue = blocking.TroubleshootingQueue(bus) if isinstance(bus, blocking.CommandBus) else TroubleshootingQueue(bus)
     try:
-        await Operator(queue, Journal(journals, f"operator-{number}"), seed).work(Path(journals, STOP))
+        await Operator(queue, journal, seed).work(Path(journals, STOP))
     finally:
         await bus.close()
 
 
+async def main(dsn: str, journals: str, seed: int) -> None:
+    """Work as all of them at once."""
+    await asyncio.gather(*(work(number, dsn, journals, seed) for number in range(OPERATORS)))
+
+
 if __name__ == "__main__":
-    number, dsn, journals, seed = sys.argv[1:]
-    asyncio.run(main(int(number), dsn, journals, int(seed)))
+    dsn, journals, seed = sys.argv[1:]
+    asyncio.run(main(dsn, journals, int(seed)))

@@ -10,7 +10,7 @@ from uuid import UUID
 DOMAIN = "chaos"
 LEASE = 1.5  # seconds; at 1 s, the shortest, a busy machine loses leases without any fault
 WORKERS = 6  # half [async], half [sync]
-SENDERS = 4  # as well
+SENDERS = 2  # as well
 OPERATORS = 4  # as well
 MAX_ATTEMPTS = 4
 

@@ -1,6 +1,7 @@
-"""A process that sends its share of a plan: `python -m tests.chaos.sender NUMBER DSN JOURNALS BEGAN SEED COMMANDS FAULTS`.
+"""A process that sends its share of a plan: `python -m tests.chaos.sender NUMBER DSN JOURNALS SEED COMMANDS FAULTS`.
 
-Started again after a kill it goes on where its journal ends, and repeats what it does not know the outcome of.
+It begins at the moment that the file `begin` names. Started again after a kill it goes on where its journal ends, and
+repeats what it does not know the outcome of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tests.chaos.plan import DOMAIN, Planned
 
 SETTLED = ("accepted", "duplicate", "withdrawn", "rolled back", "given up")
 """Outcomes after which a command is not sent again."""
+
+BEGIN = "begin"
 
 _PAUSE = 0.2  # seconds before an id is repeated
 
@@ -147,17 +150,21 @@ async def open_bus(number: int, dsn: str) -> Any:  # noqa: ANN401 - as above
             return bus
 
 
-async def main(number: int, dsn: str, journals: str, began: float, drawn: plan.Plan) -> None:
+async def main(number: int, dsn: str, journals: Path, drawn: plan.Plan) -> None:
     """Send what this sender has to send and has not sent."""
     who = f"sender-{number}"
-    known = {note["number"] for note in read(Path(journals), who) if note.get("outcome") in SETTLED}
+    known = {note["number"] for note in read(journals, who) if note.get("outcome") in SETTLED}
     mine = [each for each in drawn.commands if number in each.senders and each.number not in known]
     journal = Journal(journals, who)
-    if known:
-        for planned in mine:
-            if began + planned.at < time.time():
-                journal.note("sent", number=planned.number, command_id=planned.command_id, outcome="unknown")
     bus = await open_bus(number, dsn)
+    journal.note("started")
+    begin = journals / BEGIN
+    while not await asyncio.to_thread(begin.exists):
+        await asyncio.sleep(_PAUSE)
+    began = float(await asyncio.to_thread(begin.read_text))
+    for planned in mine:
+        if began + planned.at < time.time():  # the one before may have sent it, and was killed
+            journal.note("sent", number=planned.number, command_id=planned.command_id, outcome="unknown")
     sender = Sender(bus, dsn, journal)
     try:
         await asyncio.gather(*(sender.send(planned, began + planned.at) for planned in mine))
@@ -166,5 +173,5 @@ async def main(number: int, dsn: str, journals: str, began: float, drawn: plan.P
 
 
 if __name__ == "__main__":
-    number, dsn, journals, began, *drawn = sys.argv[1:]
-    asyncio.run(main(int(number), dsn, journals, float(began), plan.make(*map(int, drawn))))
+    number, dsn, journals, *drawn = sys.argv[1:]
+    asyncio.run(main(int(number), dsn, Path(journals), plan.make(*map(int, drawn))))

@@ -17,7 +17,8 @@ POISONED = 66
 
 EFFECT = "INSERT INTO chaos.effect (command_id, delivery) VALUES (%s, %s)"
 
-_CHUNK = 64 << 20
+_CHUNK, _SMALL = 64 << 20, 4096
+_HELD_SECONDS = 0.1
 
 
 class Delivery:
@@ -69,12 +70,19 @@ class Delivery:
         lease.lost, lease.deadline = True, math.inf
 
     def _exhaust_memory(self) -> None:
-        """Take memory until there is none: MemoryError here, or the end of whoever else asks for some meanwhile."""
+        """Take all memory for a moment: MemoryError here, and for whoever else asks for some meanwhile."""
         self._journal.note("hog")
-        taken = []
+        taken: list[bytes] = []
+        chunk = _CHUNK
         try:
             while True:
-                taken.append(bytearray(_CHUNK))
+                try:
+                    taken.append(bytes(chunk))  # addresses only: nobody writes there, so no page is made
+                except MemoryError:
+                    if chunk < _SMALL:
+                        time.sleep(_HELD_SECONDS)
+                        raise
+                    chunk //= 2
         finally:
             taken.clear()
             self._journal.note("hogged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.chaos.plan import DOMAIN, EFFECTS, HOPELESS, MAX_ATTEMPTS, POISONS, ZOMBIES
+from tests.chaos.plan import DOMAIN, EFFECTS, HOPELESS, MAX_ATTEMPTS, POISONS, STRAY, ZOMBIES
 from tests.chaos.records import Db
 
 
@@ -17,7 +17,7 @@ class Found:
 
 
 _TOLD = "n.outcome IN ('accepted', 'duplicate')"
-_GUILTY = (*HOPELESS, *POISONS, *ZOMBIES)  # the kinds that may be parked, the last by chance
+_GUILTY = (*HOPELESS, *POISONS, *ZOMBIES, STRAY)  # the kinds that may be parked, the last by chance
 
 
 def _kinds(kinds: tuple[str, ...]) -> str:
@@ -52,7 +52,7 @@ CHECKS = {
         SELECT c.command_id FROM kept c
         WHERE NOT EXISTS (SELECT FROM trail t WHERE t.command_id = c.command_id AND t.operator IS NOT NULL)
         AND c.status <> CASE WHEN c.command_type = 'Refused' THEN 'FAILED' ELSE 'COMPLETED' END
-        AND c.command_type NOT IN {_kinds(ZOMBIES)}""",
+        AND c.command_type NOT IN {_kinds((*ZOMBIES, STRAY))}""",
     "too_many_attempts": f"SELECT c.command_id FROM kept c WHERE c.attempts > {MAX_ATTEMPTS}",
     "too_many_crashes": "SELECT c.command_id FROM kept c WHERE c.crashes > 3",
     # -- effects

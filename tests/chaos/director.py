@@ -95,16 +95,12 @@ class _Director:
             Path(self._journals, STOP).touch()
             for other in fleet.others:
                 other.popen.wait(_STOP_SECONDS)
-            say("others")
             fleet.stop_workers(_STOP_SECONDS)
-            say("workers")
-        say("closed")
         self._look_for_sessions()
-        say("sessions")
 
     def _start(self, fleet: Fleet, dsns: list[str]) -> None:
         journals, plan = str(self._journals), self._plan
-        drawn = (str(plan.seed), str(len(plan.commands)), str(len(plan.faults)))
+        drawn = [str(number) for number in plan.drawn_by]
         for number in range(WORKERS):
             colour = "sync" if number % 2 else "async"
             arguments = ("worker", colour, dsns[1 + number], journals)

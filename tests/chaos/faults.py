@@ -18,7 +18,7 @@ from tests.chaos.plan import Fault
 from tests.faults.proxy import Proxy
 from tests.support import crash
 
-_ROLL_SECONDS = 30.0
+_ROLL_SECONDS = 60.0  # for the end of one worker
 _SLOW_SECONDS = 0.03
 
 _SOME_SESSIONS = """

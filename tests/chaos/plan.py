@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,8 @@ SENDERS = 2  # as well
 OPERATORS = 4  # as well
 MAX_ATTEMPTS = 4
 
-_ZOMBIES = 0.12  # of the commands, drawn from 0.5 to 2.2 leases: 8.5 % of all outlive theirs
-_FAULT_EVERY = 1.4  # seconds
+_ZOMBIES = 0.12  # of the commands are held for 0.5 to 2.2 leases without renewal: 8.5 % of all outlive theirs
+_FAULT_EVERY = 1.7  # seconds
 _COMMANDS_PER_SECOND = 65
 
 EFFECTS = ("Effect", "ZombieEffect")
@@ -27,24 +28,27 @@ ZOMBIES = ("Zombie", "ZombieEffect")
 POISONS = ("Exit", "Hog")
 """The kinds that kill their process, or try to."""
 
+STRAY = "Stray"
+"""The kind that a worker of another language takes from the workers of the library now and then."""
+
 HOPELESS = ("Broken", "Failing")
 """The kinds that are parked until an operator has mended their data."""
 
-_MIX = {"Effect": 0.3, "Flaky": 0.08, "Refused": 0.05, "Broken": 0.02, "Failing": 0.01, "Zombie": _ZOMBIES / 2,
-        "ZombieEffect": _ZOMBIES / 2}  # fmt: skip
+_MIX = {"Effect": 0.3, "Flaky": 0.08, "Refused": 0.05, "Broken": 0.02, "Failing": 0.01, STRAY: 0.04,
+        "Zombie": _ZOMBIES / 2, "ZombieEffect": _ZOMBIES / 2}  # fmt: skip
 KINDS = ("Plain", *_MIX, *POISONS)
 
-_WAYS = {
+WAYS = {
     "once": 70,
     "again": 8,  # and once more when it is there: a duplicate
     "twins": 8,  # by two senders at the same moment
     "conflict": 3,  # and once more with other data: refused
     "minted": 5,  # with an id that the library makes
     "committed": 3,  # in a transaction of the caller's
-    "rolled back": 3,  # and this one comes to nothing
 }
+_ROLLED_BACK = 0.03  # for each command that is sent, so many more are, in a transaction that comes to nothing
 
-_FAULTS = {
+FAULTS = {
     "kill": 6,  # SIGKILL of a worker
     "stop": 5,  # SIGSTOP of one, SIGCONT after its leases ran out
     "terminate": 5,  # pg_terminate_backend of some sessions
@@ -89,24 +93,27 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a run."""
+    """All of a run. `drawn_by`: the arguments of `make`."""
 
     seed: int
+    drawn_by: tuple[int, int, int]
     seconds: float
     commands: tuple[Planned, ...]
     faults: tuple[Fault, ...]
 
 
 def make(seed: int, commands: int, faults: int) -> Plan:
-    """Draw a plan: the same for the same arguments."""
+    """Draw a plan: the same for the same arguments. Sends that are rolled back come on top."""
     chance = random.Random(f"{seed} {commands} {faults}")
     seconds = max(faults * _FAULT_EVERY, commands / _COMMANDS_PER_SECOND)
     kinds = [_kind(number, commands, chance) for number in range(commands)]
-    chance.shuffle(kinds)
-    planned = tuple(_command(number, kind, seconds, chance) for number, kind in enumerate(kinds))
+    ways = [chance.choices([*WAYS], [*WAYS.values()])[0] if kind not in POISONS else "once" for kind in kinds]
+    sends = [*zip(kinds, ways, strict=True), *[("Plain", "rolled back")] * math.ceil(_ROLLED_BACK * commands)]
+    chance.shuffle(sends)
+    planned = tuple(_command(number, *send, seconds, chance) for number, send in enumerate(sends))
     struck = tuple(_fault((number + 0.5) * seconds / faults, kind, chance)
                    for number, kind in enumerate(_fault_kinds(faults, chance)))  # fmt: skip
-    return Plan(seed, seconds, planned, struck)
+    return Plan(seed, (seed, commands, faults), seconds, planned, struck)
 
 
 def _kind(number: int, commands: int, chance: random.Random) -> str:
@@ -116,24 +123,23 @@ def _kind(number: int, commands: int, chance: random.Random) -> str:
     return chance.choices(KINDS[: len(_MIX) + 1], [1 - sum(_MIX.values()), *_MIX.values()])[0]
 
 
-def _command(number: int, kind: str, seconds: float, chance: random.Random) -> Planned:
-    ways = ["once"] if kind in POISONS else [*_WAYS]
+def _command(number: int, kind: str, way: str, seconds: float, chance: random.Random) -> Planned:
     data: dict[str, Any] = {"number": number, "runs": round(chance.choice((0, 0, 0.01, 0.05, 0.3)), 3)}
-    if kind in ZOMBIES:  # the next delivery runs on for a while, so that the first one wakes beside it
-        data |= {"outlives": round(chance.uniform(0.5, 2.2) * LEASE, 3), "fails": chance.random() < 0.3,
-                 "runs": round(chance.uniform(0.4, 1.2) * LEASE, 3)}  # fmt: skip
+    if kind in (*ZOMBIES, STRAY):  # the next delivery runs on for a while, so that the first one wakes beside it
+        data["runs"] = round(chance.uniform(0.4, 1.2) * LEASE, 3)
+    if kind in ZOMBIES:
+        data |= {"outlives": round(chance.uniform(0.5, 2.2) * LEASE, 3), "fails": chance.random() < 0.3}
     if kind == "Flaky":
         data["failures"] = chance.randint(1, MAX_ATTEMPTS - 1)
-    way = chance.choices(ways, [_WAYS[way] for way in ways])[0]
     command_id = UUID(int=chance.getrandbits(128), version=4)
     return Planned(number, command_id, kind, way, round(chance.uniform(0, seconds), 3), data)
 
 
 def _fault_kinds(faults: int, chance: random.Random) -> list[str]:
     """Each kind as often as it weighs, so that a short run has its share of every kind."""
-    total = sum(_FAULTS.values())
-    found = [kind for kind, weight in _FAULTS.items() for _ in range(faults * weight // total)]
-    found += chance.choices([*_FAULTS], [*_FAULTS.values()], k=faults - len(found))
+    total = sum(FAULTS.values())
+    found = [kind for kind, weight in FAULTS.items() for _ in range(faults * weight // total)]
+    found += chance.choices([*FAULTS], [*FAULTS.values()], k=faults - len(found))
     chance.shuffle(found)
     return found
 

@@ -26,6 +26,12 @@ WHERE f.kind = 'kill' AND l.occurred_at < f.began
 AND NOT EXISTS (SELECT FROM trail o WHERE o.command_id = t.command_id AND o.event = 'CRASHED' AND o.step < t.step)
 ORDER BY 1"""
 
+# The part of that which does not depend on how many commands wait: until the lease is found to have run out.
+_NOTICED = """
+SELECT extract(epoch FROM t.occurred_at - f.began)::float8 FROM chaos.fault f
+JOIN trail t ON t.event = 'CRASHED' AND t.worker LIKE '%-' || f.pid || '-%' AND t.occurred_at > f.began
+WHERE f.kind = 'kill' ORDER BY 1"""
+
 _RESTARTS = """
 SELECT extract(epoch FROM min(t.occurred_at) - f.ended)::float8 FROM chaos.fault f
 JOIN trail t ON t.event = 'CLAIMED' AND t.occurred_at > f.ended WHERE f.kind = 'crash' GROUP BY f.ended ORDER BY 1"""
@@ -50,18 +56,19 @@ def figures(db: Db, plan: Plan, found: list[Found], seconds: float) -> dict[str,
     def column(query: str) -> list[Any]:
         return [row[0] for row in db.execute(query.encode())]
 
-    takeovers, restarts = column(_TAKEOVERS), column(_RESTARTS)
     kinds = Counter(column("SELECT kind FROM chaos.fault"))
     return {
         "seed": plan.seed,
-        "commands": column("SELECT count(*) FROM kept")[0],
+        "commands": column("SELECT count(*) FROM chaos.planned WHERE way <> 'rolled back'")[0],
+        "accepted": column("SELECT count(*) FROM kept")[0],
         "faults": kinds.total(),
         "faults_by_kind": dict(sorted(kinds.items())),
         **{name: column(query)[0] for name, query in _COUNTS.items()},
         "sends_by_outcome": dict(db.execute(  # type: ignore[arg-type]
             "SELECT outcome, count(*) FROM chaos.note WHERE what = 'sent' GROUP BY 1 ORDER BY 1").fetchall()),
-        "takeover_seconds": _summary(takeovers, TAKEOVER_SECONDS),
-        "restart_to_first_claim_seconds": _summary(restarts, RESTART_SECONDS),
+        "takeover_seconds": _summary(column(_TAKEOVERS), TAKEOVER_SECONDS),
+        "noticed_seconds": _summary(column(_NOTICED), TAKEOVER_SECONDS),
+        "restart_to_first_claim_seconds": _summary(column(_RESTARTS), RESTART_SECONDS),
         "duration_seconds": round(seconds, 1),
         "violations": len(found),
     }  # fmt: skip

@@ -22,7 +22,9 @@ _SHOWN = 20
 
 def main(arguments: list[str]) -> int:
     """Run it; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="scripts/chaos", description="Runs the bus under faults, and looks for what they broke.")
+    parser = argparse.ArgumentParser(
+        prog="scripts/chaos", description="Runs the bus under faults, and looks for what they broke."
+    )
     parser.add_argument("--seed", type=int, default=None, help="what decides everything that is drawn; printed")
     parser.add_argument("--nightly", action="store_true", help="50,000 commands and 520 faults, in about 16 minutes")
     parser.add_argument("--commands", type=int, help="how many commands are sent; default: 2,000")

@@ -1,4 +1,4 @@
-"""What must hold after a run, each a query that finds what contradicts it: a command's id, or what is wrong in words."""
+"""What must hold after a run: each a query that finds what contradicts it, a command's id or what is wrong in words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ CHECKS = {
     "double_effect": "SELECT e.command_id FROM chaos.effect e GROUP BY e.command_id HAVING count(*) > 1",
     "effect_without_completion": """
         SELECT e.command_id FROM chaos.effect e WHERE NOT EXISTS (
-            SELECT FROM trail t WHERE t.command_id = e.command_id AND t.event = 'COMPLETED' AND t.delivery = e.delivery)""",
+            SELECT FROM trail t
+            WHERE t.command_id = e.command_id AND t.delivery = e.delivery AND t.event = 'COMPLETED')""",
     "completion_without_effect": f"""
         SELECT t.command_id FROM trail t JOIN kept c USING (command_id)
         WHERE t.event = 'COMPLETED' AND c.command_type IN {_kinds(EFFECTS)} AND NOT EXISTS (
@@ -93,7 +94,8 @@ CHECKS = {
                                      AND count(*) FILTER (WHERE n.outcome IN ('won', 'unknown'))""",
     "event_without_action": """
         SELECT t.command_id FROM trail t WHERE t.operator IS NOT NULL AND NOT EXISTS (
-            SELECT FROM chaos.note n WHERE n.what = 'operator' AND n.command_id = t.command_id AND n.who = t.operator)""",
+            SELECT FROM chaos.note n
+            WHERE n.what = 'operator' AND n.command_id = t.command_id AND n.who = t.operator)""",
 }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.chaos import journal, records
 from tests.chaos.faults import Scene, Struck, strike
 from tests.chaos.fleet import Fleet, Member, SenderMember, WorkerMember
 from tests.chaos.operators import STOP
-from tests.chaos.plan import DOMAIN, LEASE, OPERATORS, SENDERS, WORKERS, Fault, Plan
+from tests.chaos.plan import DOMAIN, OPERATORS, SENDERS, WORKERS, Fault, Plan
 from tests.chaos.records import Db
 from tests.chaos.sender import BEGIN
 from tests.faults.proxy import Proxy
@@ -103,11 +103,11 @@ class _Director:
         drawn = [str(number) for number in plan.drawn_by]
         for number in range(WORKERS):
             colour = "sync" if number % 2 else "async"
-            arguments = ("worker", colour, dsns[1 + number], journals)
-            fleet.workers.append(WorkerMember(f"worker-{number}-{colour}", self._journals, *arguments))
+            name, dsn = f"worker-{number}-{colour}", dsns[1 + number]
+            fleet.workers.append(WorkerMember(name, self._journals, "worker", colour, dsn, journals))
         for number in range(SENDERS):
-            arguments = ("sender", str(number), dsns[0], journals, *drawn)
-            fleet.senders.append(SenderMember(f"sender-{number}", self._journals, *arguments))
+            name = f"sender-{number}"
+            fleet.senders.append(SenderMember(name, self._journals, "sender", str(number), dsns[0], journals, *drawn))
         for program in ("operators", "foreign"):
             fleet.others.append(Member(program, self._journals, program, dsns[0], journals, str(plan.seed)))
         everybody = WORKERS + SENDERS + OPERATORS + 1
@@ -172,5 +172,3 @@ class _Director:
     def _blame(self, violation: str, detail: str) -> None:
         say(f"{violation}: {detail}")
         self.blamed.append((violation, detail))
-
-

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from tests.chaos.behaviour import POISONED
 from tests.chaos.journal import read
@@ -68,9 +68,21 @@ class Member:
 class WorkerMember(Member):
     """A worker: it ends when it is killed, poisoned or asked to, and never otherwise."""
 
+    def notes(self) -> list[str]:
+        """What it has noted so far."""
+        return [note["what"] for note in read(self.folder, f"worker-{self.pid}")]
+
+    def restart(self, seconds: float) -> None:
+        """Ask it to stop, and come back when its successor works; TimeoutError when that takes longer."""
+        pid, end = self.send(signal.SIGTERM), time.monotonic() + seconds
+        while self.pid == pid or "started" not in self.notes():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.name} ({pid}) was asked to stop, and no other works after {seconds:g} s")
+            time.sleep(_LOOK)
+
     def may_end(self, code: int) -> bool:
         """Whether what has been done to it explains this end."""
-        notes = [note["what"] for note in read(self.folder, f"worker-{self.pid}")]
+        notes = self.notes()
         return (
             (self.killed and code == -signal.SIGKILL)
             or (self.asked and code == 0)
@@ -136,7 +148,7 @@ class Fleet:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join()
         members: list[Member] = [*self.workers, *self.senders, *self.others]

@@ -71,7 +71,7 @@ class Foreigner:
 
     def _say(self, db: psycopg.Connection[Any], item: dict[str, Any], verb: str) -> None:
         asked_at = time.time()
-        function = f"{verb.split()[0]}_v1"
+        function = f"{verb.split(maxsplit=1)[0]}_v1"
         arguments: list[object] = [DOMAIN, json.dumps([item | _VERBS[verb]]), *([LEASE] if verb == "renew" else [])]
         places = ", ".join(["%s"] * len(arguments))
         found = db.execute(f"SELECT outcome FROM commandbus.{function}({places})".encode(), arguments).fetchall()

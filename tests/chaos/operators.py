@@ -1,4 +1,4 @@
-"""The operators, in one process: `python -m tests.chaos.operators DSN JOURNALS SEED`. They work until the file `stop`."""
+"""The operators, in one process: `python -m tests.chaos.operators DSN JOURNALS SEED`. Work until the file `stop`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a run beside the tables of the bus: tables of its own in the same database, so that SQL can compare."""
+"""What is known of a run beside the tables of the bus: tables in the same database, so that SQL can compare."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _NOTE = ("what", "who", "command_id", "number", "delivery", "verb", "outcome")
 SCHEMA = """
 CREATE SCHEMA chaos;
 CREATE TABLE chaos.effect (command_id uuid NOT NULL, delivery bigint NOT NULL);
-CREATE TABLE chaos.planned (number integer PRIMARY KEY, command_id uuid NOT NULL, kind text NOT NULL, way text NOT NULL);
+CREATE TABLE chaos.planned (
+    number integer PRIMARY KEY, command_id uuid NOT NULL, kind text NOT NULL, way text NOT NULL);
 CREATE TABLE chaos.fault (kind text NOT NULL, began timestamptz NOT NULL, ended timestamptz NOT NULL, pid integer);
-CREATE TABLE chaos.note (at timestamptz NOT NULL, what text NOT NULL, who text NOT NULL, command_id uuid, number integer,
-                         delivery bigint, verb text, outcome text);
+CREATE TABLE chaos.note (
+    at timestamptz NOT NULL, what text NOT NULL, who text NOT NULL, command_id uuid, number integer, delivery bigint,
+    verb text, outcome text);
 CREATE INDEX note_command ON chaos.note (command_id);
 CREATE TABLE chaos.blame (violation text NOT NULL, detail text NOT NULL);
 """

@@ -109,20 +109,18 @@ class Sender:
 
     async def _in_transaction(self, planned: Planned, *, commit: bool) -> Any:  # noqa: ANN401 - a receipt
         """Send in a transaction of the caller's, of the colour of the bus."""
-        arguments = {"command_id": planned.command_id}
+        what, command_id = (DOMAIN, planned.kind, planned.data), planned.command_id
         if isinstance(self._bus, CommandBus):
             async with await psycopg.AsyncConnection.connect(self._dsn) as connection:
                 receipt = await self._bus.send(
-                    DOMAIN, planned.kind, planned.data, **arguments, connection=connection
+                    DOMAIN, planned.kind, planned.data, command_id=command_id, connection=connection
                 )
                 await (connection.commit() if commit else connection.rollback())
                 return receipt
 
         def in_thread() -> Any:  # noqa: ANN401 - as above
             with psycopg.connect(self._dsn) as connection:
-                receipt = self._bus.blocking.send(
-                    DOMAIN, planned.kind, planned.data, **arguments, connection=connection
-                )
+                receipt = self._bus.blocking.send(*what, command_id=command_id, connection=connection)
                 (connection.commit if commit else connection.rollback)()
                 return receipt
 
@@ -159,7 +157,7 @@ async def main(number: int, dsn: str, journals: Path, drawn: plan.Plan) -> None:
     bus = await open_bus(number, dsn)
     journal.note("started")
     begin = journals / BEGIN
-    while not await asyncio.to_thread(begin.exists):
+    while not await asyncio.to_thread(begin.exists):  # noqa: ASYNC110 - another process makes it
         await asyncio.sleep(_PAUSE)
     began = float(await asyncio.to_thread(begin.read_text))
     for planned in mine:

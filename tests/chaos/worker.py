@@ -12,7 +12,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from commandbus import Command, CommandBus, DatabaseUnavailableError, HandlerContext, HandlerRegistry, RetryPolicy, Worker
+from commandbus import (
+    Command,
+    CommandBus,
+    DatabaseUnavailableError,
+    HandlerContext,
+    HandlerRegistry,
+    RetryPolicy,
+    Worker,
+)
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncWorker
 from tests.chaos.behaviour import EFFECT, Delivery
 from tests.chaos.journal import Journal

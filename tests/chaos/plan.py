@@ -126,19 +126,21 @@ def _kind(number: int, commands: int, chance: random.Random) -> str:
 def _command(number: int, kind: str, way: str, seconds: float, chance: random.Random) -> Planned:
     data: dict[str, Any] = {"number": number, "runs": round(chance.choice((0, 0, 0.01, 0.05, 0.3)), 3)}
     if kind in (*ZOMBIES, STRAY):  # the next delivery runs on for a while, so that the first one wakes beside it
-        data["runs"] = round(chance.uniform(0.4, 1.2) * LEASE, 3)
+        data["runs"] = round(chance.uniform(0.3, 0.8) * LEASE, 3)
     if kind in ZOMBIES:
         data |= {"outlives": round(chance.uniform(0.5, 2.2) * LEASE, 3), "fails": chance.random() < 0.3}
     if kind == "Flaky":
         data["failures"] = chance.randint(1, MAX_ATTEMPTS - 1)
     command_id = UUID(int=chance.getrandbits(128), version=4)
-    return Planned(number, command_id, kind, way, round(chance.uniform(0, seconds), 3), data)
+    latest = seconds / 2 if kind in POISONS else seconds  # three crashes take their time
+    return Planned(number, command_id, kind, way, round(chance.uniform(0, latest), 3), data)
 
 
 def _fault_kinds(faults: int, chance: random.Random) -> list[str]:
-    """Each kind as often as it weighs, so that a short run has its share of every kind."""
+    """Each kind as often as it weighs; in a run of full size each at least once."""
     total = sum(FAULTS.values())
-    found = [kind for kind, weight in FAULTS.items() for _ in range(faults * weight // total)]
+    least = faults >= 2 * len(FAULTS)
+    found = [kind for kind, weight in FAULTS.items() for _ in range(max(least, faults * weight // total))]
     found += chance.choices([*FAULTS], [*FAULTS.values()], k=faults - len(found))
     chance.shuffle(found)
     return found

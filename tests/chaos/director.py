@@ -27,7 +27,8 @@ from tests.sql.mutants import MUTANTS
 SETTLE_SECONDS = 60.0
 """After the faults: how long at most nothing may be sent or finished while there is something left to do."""
 
-_STOP_SECONDS = 30.0
+_START_SECONDS = 120.0  # a few where nothing else runs
+_STOP_SECONDS = 60.0
 _GONE_SECONDS = 15.0  # from the end of the processes until no session of theirs is left
 _LOOK = 0.1
 _SAY_EVERY = 5.0
@@ -111,13 +112,18 @@ class _Director:
             fleet.senders.append(SenderMember(name, self._journals, "sender", str(number), dsns[0], journals, *drawn))
         for program in ("operators", "foreign"):
             fleet.others.append(Member(program, self._journals, program, dsns[0], journals, str(plan.seed)))
-        everybody = WORKERS + SENDERS + OPERATORS + 1
-        while sum(note["what"] == "started" for note in journal.read(self._journals)) < everybody:
-            time.sleep(_LOOK)
+        self._wait_for_all(WORKERS + SENDERS + OPERATORS + 1)
         self._began = time.time() + _LOOK
         begin = self._journals / BEGIN
         begin.with_suffix(".new").write_text(str(self._began), "utf-8")
         begin.with_suffix(".new").rename(begin)  # whole or not there
+
+    def _wait_for_all(self, count: int) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while sum(note["what"] == "started" for note in journal.read(self._journals)) < count:
+            if time.monotonic() > end:
+                raise TimeoutError(f"not all {count} have started within {_START_SECONDS:g} s")
+            time.sleep(_LOOK)
 
     def _strike_all(self, scene: Scene) -> None:
         with ThreadPoolExecutor(_AT_ONCE, "fault") as threads:

@@ -69,14 +69,18 @@ CHECKS = {
     "poison_not_parked": f"""
         SELECT c.command_id FROM kept c WHERE c.command_type IN {_kinds(POISONS)} AND NOT EXISTS (
             SELECT FROM trail t WHERE t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE')""",
-    # The third crash parks: the command ran alone then, so that a fault has to explain it.
+    # The third crash parks: the command ran alone then, so that a fault has to explain it, or a machine so slow that
+    # the worker gave the lease up by itself.
     "innocent_parked": f"""
         SELECT c.command_id FROM kept c
         JOIN trail t ON t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE'
         JOIN trail l ON l.command_id = c.command_id AND l.event = 'CLAIMED' AND l.delivery = t.delivery
         WHERE c.command_type NOT IN {_kinds(_GUILTY)} AND NOT (t.event = 'CRASHED' AND EXISTS (
             SELECT FROM chaos.fault f WHERE (f.pid IS NULL OR l.worker LIKE '%-' || f.pid || '-%')
-            AND f.began <= t.occurred_at AND f.ended >= l.occurred_at))""",
+            AND f.began <= t.occurred_at AND f.ended >= l.occurred_at))
+        AND NOT (t.event = 'CRASHED' AND EXISTS (
+            SELECT FROM chaos.note n
+            WHERE n.command_id = c.command_id AND n.delivery = t.delivery AND n.what = 'late'))""",
     # -- who lost the lease changes nothing
     "stale_write_accepted": """
         SELECT n.command_id FROM chaos.note n JOIN trail t USING (command_id, delivery)

@@ -44,6 +44,7 @@ _COUNTS = {
     "stale_writes_refused": """
         SELECT count(*) FROM chaos.note n
         WHERE n.what = 'refused' OR n.what = 'foreign' AND n.outcome = 'lost'""",
+    "given_up_as_late": "SELECT count(*) FROM chaos.note WHERE what = 'late'",
     "parked": "SELECT count(*) FROM trail WHERE to_status = 'IN_TROUBLESHOOTING_QUEUE'",
     "operators_won": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'won'",
     "operators_lost": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'lost'",

@@ -192,6 +192,12 @@ def test_an_innocent_that_a_fault_explains_is_none(sound: Connection) -> None:
     assert violations(sound) == set()
 
 
+def test_an_innocent_whose_worker_was_too_slow_to_renew_is_none(sound: Connection) -> None:
+    innocent_parked(sound)
+    note(sound, "late", "worker-1", UUID(one(sound, "SELECT max(command_id::text) FROM chaos.planned")), delivery=3)
+    assert violations(sound) == set()
+
+
 @pytest.mark.corrupts
 def test_what_verify_finds_and_what_was_seen_on_the_way_is_told_too(sound: Connection) -> None:
     sound.execute("UPDATE commandbus.command_history SET crashes = 1")

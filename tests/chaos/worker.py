@@ -36,8 +36,12 @@ _OPTIONS: dict[str, Any] = {
     "grace": timedelta(seconds=LEASE),
     "transactional_connections": 6,
 }
-_STARTS = "worker %s starts"
-_REFUSED = ("the lease was lost", "the lease is lost")
+_TOLD = {
+    "worker %s starts": "started",
+    "the lease was lost": "refused",
+    "the lease could not be renewed in time": "late",
+}
+"""What its log says, by how that begins, and what is noted then."""
 
 
 def registry_of(journal: Journal, handle: Callable[..., Any], book: Callable[..., Any]) -> HandlerRegistry:
@@ -91,7 +95,7 @@ def work_sync(dsn: str, journal: Journal) -> None:
 
 
 class _Watch(logging.Handler):
-    """Writes down when the worker has started, and which of its outcomes the database has refused."""
+    """Notes when the worker has started, which outcomes the database refused, and which renewals came too late."""
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
@@ -99,11 +103,11 @@ class _Watch(logging.Handler):
         self._journal = journal
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg.startswith(_STARTS):
-            self.started = True
-            self._journal.note("started")
-        elif record.msg.startswith(_REFUSED) and record.msg != _REFUSED[1]:
-            self._journal.note("refused", command_id=record.command_id, delivery=record.delivery)  # type: ignore[attr-defined]
+        for beginning, what in _TOLD.items():
+            if record.msg.startswith(beginning):
+                self.started |= what == "started"
+                about = {name: getattr(record, name, None) for name in ("command_id", "delivery")}
+                self._journal.note(what, **about)
 
 
 def main(colour: str, dsn: str, journals: str) -> int:

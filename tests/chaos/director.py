@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,7 +97,7 @@ class _Director:
             say("all is settled; everything is asked to stop")
             Path(self._journals, STOP).touch()
             for other in fleet.others:
-                other.popen.wait(_STOP_SECONDS)
+                self._wait_for_end(other)
             fleet.stop_workers(_STOP_SECONDS)
         self._look_for_sessions()
 
@@ -159,6 +160,14 @@ class _Director:
             if time.monotonic() > self._said_at + _SAY_EVERY:
                 self._say_progress()
             time.sleep(_LOOK)
+
+    def _wait_for_end(self, other: Member) -> None:
+        try:
+            code: int | None = other.popen.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code != 0:
+            self._blame("unclean_stop", f"{other.name} ({other.pid}) ended with {code}:\n{other.tail()}")
 
     def _look_for_sessions(self) -> None:
         """A session that its client has left, or a lock that is still held by one."""

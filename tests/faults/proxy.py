@@ -127,12 +127,14 @@ class Proxy:
     async def _pump(
         self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, to_server: bool
     ) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := await reader.read(65536):
                 writer.write(await self.passing(link, to_server=to_server, data=data))
                 await writer.drain()
             if writer.can_write_eof():
                 writer.write_eof()
+        except OSError:  # one side was reset: so is the other, which might wait for an answer for ever
+            link.cut()
 
     def _call(self, function: Callable[[], T]) -> T:
         """Run a function on the proxy's loop."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Iterator
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.faults.proxy import Proxy
 from tests.support import eventually
@@ -53,3 +55,18 @@ def test_a_client_that_hangs_up_leaves_no_session(proxy: Proxy, db: psycopg.Conn
     pid = through.execute("SELECT pg_backend_pid()").fetchone()
     through.close()
     eventually(lambda: not db.execute("SELECT FROM pg_stat_activity WHERE pid = %s", pid).fetchall())
+
+
+def test_a_connection_that_the_server_resets_is_reset_for_the_client() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with Proxy(f"host=127.0.0.1 port={port}") as proxy:
+            through = conninfo_to_dict(proxy.dsn())
+            with socket.create_connection(("127.0.0.1", int(through["port"] or 0)), timeout=10) as client:
+                client.sendall(b"?")
+                backend, _ = server.accept()
+                backend.recv(1)
+                backend.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close: reset
+                backend.close()
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(1) == b""

@@ -1,0 +1,118 @@
+"""What must hold after a run: each a query that finds what contradicts it, a command's id or what is wrong in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.chaos.plan import DOMAIN, EFFECTS, HOPELESS, MAX_ATTEMPTS, POISONS, STRAY, ZOMBIES
+from tests.chaos.records import Db
+
+
+@dataclass(frozen=True)
+class Found:
+    """A violation: its name, and which command or what else."""
+
+    violation: str
+    detail: str
+
+
+_TOLD = "n.outcome IN ('accepted', 'duplicate')"
+_GUILTY = (*HOPELESS, *POISONS, *ZOMBIES, STRAY)  # the kinds that may be parked, the last by chance
+
+
+def _kinds(kinds: tuple[str, ...]) -> str:
+    return "(" + ", ".join(f"'{kind}'" for kind in kinds) + ")"
+
+
+CHECKS = {
+    # -- sending
+    "lost": f"""
+        SELECT DISTINCT n.command_id FROM chaos.note n WHERE n.what = 'sent' AND {_TOLD}
+        AND NOT EXISTS (SELECT FROM kept c WHERE c.command_id = n.command_id)""",
+    "rolled_back_but_sent": """
+        SELECT c.command_id FROM kept c JOIN chaos.planned p USING (command_id) WHERE p.way = 'rolled back'""",
+    "withdrawn_but_sent": """
+        SELECT c.command_id FROM kept c
+        JOIN chaos.note n ON n.command_id = c.command_id AND n.what = 'sent' AND n.outcome = 'withdrawn'
+        WHERE NOT EXISTS (SELECT FROM chaos.note o WHERE o.command_id = c.command_id AND o.what = 'sent'
+                          AND o.outcome IN ('accepted', 'duplicate', 'unknown', 'unavailable'))""",
+    "accepted_twice": """
+        SELECT n.command_id FROM chaos.note n WHERE n.what = 'sent' AND n.outcome = 'accepted'
+        GROUP BY n.command_id HAVING count(*) > 1""",
+    "nobody_sent": """
+        SELECT c.command_id FROM kept c LEFT JOIN chaos.planned p ON p.number = (c.data ->> 'number')::integer
+        WHERE p.number IS NULL OR p.way <> 'minted' AND p.command_id <> c.command_id""",
+    # -- the end
+    "unsettled": "SELECT c.command_id FROM kept c WHERE c.status NOT IN ('COMPLETED', 'FAILED', 'CANCELED')",
+    "not_one_end": """
+        SELECT c.command_id FROM kept c LEFT JOIN trail t
+            ON t.command_id = c.command_id AND t.to_status IN ('COMPLETED', 'FAILED', 'CANCELED')
+        GROUP BY c.command_id HAVING count(t.step) <> 1""",
+    "wrong_end": f"""
+        SELECT c.command_id FROM kept c
+        WHERE NOT EXISTS (SELECT FROM trail t WHERE t.command_id = c.command_id AND t.operator IS NOT NULL)
+        AND c.status <> CASE WHEN c.command_type = 'Refused' THEN 'FAILED' ELSE 'COMPLETED' END
+        AND c.command_type NOT IN {_kinds((*ZOMBIES, STRAY))}""",
+    "too_many_attempts": f"SELECT c.command_id FROM kept c WHERE c.attempts > {MAX_ATTEMPTS}",
+    "too_many_crashes": "SELECT c.command_id FROM kept c WHERE c.crashes > 3",
+    # -- effects
+    "double_effect": "SELECT e.command_id FROM chaos.effect e GROUP BY e.command_id HAVING count(*) > 1",
+    "effect_without_completion": """
+        SELECT e.command_id FROM chaos.effect e WHERE NOT EXISTS (
+            SELECT FROM trail t
+            WHERE t.command_id = e.command_id AND t.delivery = e.delivery AND t.event = 'COMPLETED')""",
+    "completion_without_effect": f"""
+        SELECT t.command_id FROM trail t JOIN kept c USING (command_id)
+        WHERE t.event = 'COMPLETED' AND c.command_type IN {_kinds(EFFECTS)} AND NOT EXISTS (
+            SELECT FROM chaos.effect e WHERE e.command_id = t.command_id AND e.delivery = t.delivery)""",
+    # -- poison, and who stood beside it
+    "poison_not_parked": f"""
+        SELECT c.command_id FROM kept c WHERE c.command_type IN {_kinds(POISONS)} AND NOT EXISTS (
+            SELECT FROM trail t WHERE t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE')""",
+    # The third crash parks: the command ran alone then, so that a fault has to explain it, or a machine so slow that
+    # the worker gave the lease up by itself.
+    "innocent_parked": f"""
+        SELECT c.command_id FROM kept c
+        JOIN trail t ON t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE'
+        JOIN trail l ON l.command_id = c.command_id AND l.event = 'CLAIMED' AND l.delivery = t.delivery
+        WHERE c.command_type NOT IN {_kinds(_GUILTY)} AND NOT (t.event = 'CRASHED' AND EXISTS (
+            SELECT FROM chaos.fault f WHERE (f.pid IS NULL OR l.worker LIKE '%-' || f.pid || '-%')
+            AND f.began <= t.occurred_at AND f.ended >= l.occurred_at))
+        AND NOT (t.event = 'CRASHED' AND EXISTS (
+            SELECT FROM chaos.note n
+            WHERE n.command_id = c.command_id AND n.delivery = t.delivery AND n.what = 'late'))""",
+    # -- who lost the lease changes nothing
+    "stale_write_accepted": """
+        SELECT n.command_id FROM chaos.note n JOIN trail t USING (command_id, delivery)
+        WHERE n.what = 'foreign' AND n.outcome = 'done' AND t.event = 'CRASHED' AND t.occurred_at < n.at""",
+    # -- operators
+    "action_without_one_event": """
+        SELECT n.command_id || ': ' || n.verb || ' by ' || n.who || ' won ' || count(*) FILTER (WHERE n.outcome = 'won')
+               || ' times, the trail has ' || min(e.events)
+        FROM chaos.note n CROSS JOIN LATERAL (
+            SELECT count(*) AS events FROM trail t WHERE t.command_id = n.command_id AND t.operator = n.who
+            AND t.event = CASE n.verb WHEN 'retry' THEN 'OPERATOR_RETRIED' WHEN 'cancel' THEN 'OPERATOR_CANCELED'
+                                      ELSE 'OPERATOR_COMPLETED' END) e
+        WHERE n.what = 'operator' GROUP BY n.command_id, n.who, n.verb
+        HAVING NOT min(e.events) BETWEEN count(*) FILTER (WHERE n.outcome = 'won')
+                                     AND count(*) FILTER (WHERE n.outcome IN ('won', 'unknown'))""",
+    "event_without_action": """
+        SELECT t.command_id FROM trail t WHERE t.operator IS NOT NULL AND NOT EXISTS (
+            SELECT FROM chaos.note n
+            WHERE n.what = 'operator' AND n.command_id = t.command_id AND n.who = t.operator)""",
+}
+
+
+def check(db: Db) -> list[Found]:
+    """Everything that is wrong, by this page, by `verify`, and by what was seen as it happened."""
+    # Copies, so that each query reads them once: the trail is a view that is told anew each time.
+    db.execute(f"CREATE TEMP TABLE kept AS SELECT * FROM commandbus.commands WHERE domain = '{DOMAIN}'")
+    db.execute(f"CREATE TEMP TABLE trail AS SELECT * FROM commandbus.audit_trail WHERE domain = '{DOMAIN}'")
+    db.execute("CREATE INDEX ON kept (command_id)")
+    db.execute("CREATE INDEX ON trail (command_id)")
+    db.execute("ANALYZE kept, trail, chaos.note, chaos.effect")
+    found = [Found(name, str(row[0])) for name, query in CHECKS.items() for row in db.execute(query.encode())]
+    found += [Found(f"verify: {row[0]}", f"{row[1]}: {row[2]}") for row in db.execute(
+        "SELECT violation, command_id, detail FROM commandbus.verify_v1()")]  # fmt: skip
+    found += [Found(str(row[0]), str(row[1])) for row in db.execute("SELECT violation, detail FROM chaos.blame")]
+    return found

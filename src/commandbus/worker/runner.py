@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import psycopg
 
 from commandbus._connections import adopt, drive, drive_blocking
-from commandbus._database import CALL_SECONDS, Database, execute
+from commandbus._database import CALL_SECONDS, Database, execute, transaction
 from commandbus._failures import is_connection_lost, printable
 from commandbus.bus import CommandBus
 from commandbus.errors import CommandError, LeaseLostError, TransientCommandError
@@ -283,7 +283,7 @@ class Runner:
 
     async def _transact(self, lease: Lease, command: Command) -> None:
         assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
-        async with self._transactions.connection() as connection, connection.transaction():
+        async with self._transactions.connection() as connection, transaction(connection, CALL_SECONDS):
 
             def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
                 if wanted is RUN:

@@ -325,7 +325,7 @@ def hung_up(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
     return bool(poll.poll(0))
 
 
-def sever(connection: psycopg.AsyncConnection[Any]) -> None:
+def sever(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
     """Shut the connection's socket, so that whoever waits on it fails now."""
     with (
         contextlib.suppress(psycopg.Error, OSError),

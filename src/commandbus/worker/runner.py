@@ -67,7 +67,7 @@ class Runner:
         self._bus = bus
         self._threads = threads
         self._transactions = transactions
-        self._connections = None if transactions is None else BlockingConnections(transactions)
+        self._connections = None if transactions is None else BlockingConnections(transactions, CALL_SECONDS)
         self._context = context
         self._middleware = middleware
         self._finish = finish
@@ -294,11 +294,15 @@ class Runner:
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
-        with self._connections.transaction() as connection:
+        connections = self._connections
+        with connections.transaction() as connection:
             own = adopt(connection)
 
             def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN
-                return self._call_blocking(lease, command, connection) if wanted is RUN else own.execute(wanted)
+                if wanted is RUN:
+                    return self._call_blocking(lease, command, connection)
+                with connections.deadline(connection):
+                    return own.execute(wanted)
 
             drive_blocking(handle(lease, self._completed), perform)
 

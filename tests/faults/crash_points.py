@@ -128,10 +128,10 @@ class CallProxy(Proxy):
             session.request.append(message)
             if complete:
                 request, session.request = session.request, []
-                passed += self._call(link, session, request)
+                passed += self._begin(link, session, request)
         return passed
 
-    def _call(self, link: Link, session: _Session, request: list[bytes]) -> bytes:
+    def _begin(self, link: Link, session: _Session, request: list[bytes]) -> bytes:
         name = _name(request, session.statements)
         with self._lock:
             self._counts[name] += 1

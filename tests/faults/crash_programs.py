@@ -47,6 +47,7 @@ from tests import blocking
 T = TypeVar("T")
 
 LEASE = timedelta(seconds=2)
+HANDLER = timedelta(seconds=3)
 DEADLINE = 1.0  # seconds, in place of 10 for a call of the library's own
 WHO = {"operator": "ann", "reason": "looked at it"}
 _AT_ONCE = RetryPolicy(max_attempts=10, backoff=[timedelta(milliseconds=5)])
@@ -83,10 +84,9 @@ def _shorten() -> None:
     for module in (_database, _send_buffer, runner):
         module.CALL_SECONDS = DEADLINE  # type: ignore[attr-defined]
     renewer._CALL_SECONDS = DEADLINE
-    hints: Any = _hints
-    hints._DEADLINE = heartbeat._ANSWER_SECONDS = listener._ANSWER_SECONDS = DEADLINE
+    _hints._DEADLINE = heartbeat._ANSWER_SECONDS = listener._ANSWER_SECONDS = DEADLINE
     troubleshooting._LONG_SECONDS = DEADLINE
-    troubleshooting._MAX_BATCH = _batches.MAX_ROWS = 2
+    troubleshooting._MAX_BATCH = _batches.MAX_ROWS = 2  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------- people's programs
@@ -101,17 +101,13 @@ async def _with_bus(part: Part, program: Callable[[Any], Awaitable[None]], **opt
     while True:
         bus = _kinds(part).CommandBus(part.dsn, **options)
         try:
-            await _opened(bus)
+            await bus.open()
         except DatabaseUnavailableError:
             await asyncio.sleep(_AGAIN)
             continue
         await program(bus)
         await bus.close()
         return
-
-
-async def _opened(bus: Any) -> None:
-    await bus.open()
 
 
 async def _until_known(send: Callable[[UUID | None], Awaitable[T]], command_id: UUID | None = None) -> T:
@@ -236,7 +232,7 @@ async def operate_many(part: Part) -> None:
         queue = _kinds(part).TroubleshootingQueue(bus)
 
         async def cancel_rest() -> bool:
-            count = (await queue.preview(which)).count
+            count: int = (await queue.preview(which)).count
             await queue.operator_cancel_many(which, expected_count=count, **WHO)
             return count == 0
 
@@ -283,9 +279,11 @@ _PEOPLE = {
 
 def work(program: str, part: Part) -> None:
     """Work with the handlers of this name until SIGTERM; begin anew when there is no database to begin with."""
-    transactional = program == "transact"
+    writes = program in {"transact", "complete_own"}
+    timeout = HANDLER if writes else None  # a connection that the handler uses may hang, and nobody else looks after it
     registry = HandlerRegistry()
-    register = registry.handler(part.domain, "Note", retry=_AT_ONCE, transactional=transactional)
+    transactional = program in {"transact", "transact_nothing"}
+    register = registry.handler(part.domain, "Note", retry=_AT_ONCE, timeout=timeout, transactional=transactional)
     register((_blocking_handler if part.mode == "sync" else _handler)(program, part))
     registry.handler(part.domain, "Follow", retry=_AT_ONCE)(_handler("complete", part))
     while True:
@@ -336,7 +334,7 @@ def _waits(program: str, part: Part) -> bool:
 
 def _handler(program: str, part: Part) -> Callable[[Command, HandlerContext], Awaitable[object]]:
     async def handler(command: Command, context: HandlerContext) -> object:
-        while _waits(program, part):
+        while _waits(program, part):  # noqa: ASYNC110 - for what another process does
             await asyncio.sleep(_AGAIN)
         row = (part.domain, command.command_id)
         if program == "transact":

@@ -117,6 +117,7 @@ SCENARIOS = {
     "stop": Scenario("stop", (_DONE,), _sent),
     "renew": Scenario("renew", (_DONE,), _sent),
     "take over": Scenario("complete", (_DONE,), _expired),
+    "transact nothing": Scenario("transact_nothing", (_DONE,), _sent),
     "transact": Scenario("transact", ("Follow 0 COMPLETED 0 -", _DONE, "effect 1"), _sent),
     "complete own": Scenario("complete_own", (_DONE, "effect 1"), _sent),
 }
@@ -143,15 +144,18 @@ class Run:
     """One run of a scenario, with a fault or without."""
 
     def __init__(
-        self, scenario: Scenario, mode: str, dsn: str, folder: Path, fault: Fault | None = None,
-        point: Point | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        scenario: Scenario,
+        mode: str,
+        dsn: str,
+        folder: Path,
+        case: tuple[Fault, Point] | None = None,
+    ) -> None:
         self._scenario = scenario
         self._mode = mode
         self._dsn = dsn
         self._folder = folder
-        self._fault = fault
-        self._point = point
+        self._fault, self._point = case or (None, None)
         self._domain = folder.name
         self._starts = 0
         self._stopping = False

@@ -40,17 +40,18 @@ async def test_a_fault_at_any_call_makes_no_difference_in_the_end(
         cases = random.Random(f"{random.random()} {mode} {name}").sample(cases, _SAMPLE)
     room = asyncio.Semaphore(_AT_ONCE)
 
-    async def violation(number: int, fault: Fault, point: Point) -> str | None:
+    async def violation(number: int, case: tuple[Fault, Point]) -> str | None:
+        fault, point = case
         async with room:
             try:
                 for again in range(_TRIES):
-                    if await Run(scenario, mode, dsn, tmp_path / f"{number}-{again}", fault, point).reaches():
+                    if await Run(scenario, mode, dsn, tmp_path / f"{number}-{again}", case).reaches():
                         return None
             except AssertionError as error:
                 return f"{fault.value} at {point}: {error}"
             return f"{point} was not reached"
 
-    found = await asyncio.gather(*(violation(number, *case) for number, case in enumerate(cases)))
+    found = await asyncio.gather(*(violation(number, case) for number, case in enumerate(cases)))
     request.node.user_properties += [("points", len(points)), ("cases", len(cases))]
     violations = [text for text in found if text is not None]
     assert not violations, f"{len(violations)} of {len(cases)} cases:\n" + "\n".join(violations)

@@ -155,7 +155,8 @@ class Run:
         self._mode = mode
         self._dsn = dsn
         self._folder = folder
-        self._fault, self._point = case or (None, None)
+        self._fault = case[0] if case else None
+        self._point = case[1] if case else None
         self._domain = folder.name
         self._starts = 0
         self._stopping = False

@@ -286,15 +286,17 @@ def work(program: str, part: Part) -> None:
     register = registry.handler(part.domain, "Note", retry=_AT_ONCE, timeout=timeout, transactional=transactional)
     register((_blocking_handler if part.mode == "sync" else _handler)(program, part))
     registry.handler(part.domain, "Follow", retry=_AT_ONCE)(_handler("complete", part))
+    # All that a handler still does after the fault belongs to the run, also when the command has ended.
+    grace = timedelta(seconds=0 if program == "stop" else 30)
     while True:
         try:
-            return _work(part, registry)
+            return _work(part, registry, grace)
         except DatabaseUnavailableError:
             time.sleep(_AGAIN)
 
 
-def _work(part: Part, registry: HandlerRegistry) -> None:
-    options: dict[str, Any] = {"lease": LEASE, "grace": timedelta(0), "thread_pool_size": 4}
+def _work(part: Part, registry: HandlerRegistry, grace: timedelta) -> None:
+    options: dict[str, Any] = {"lease": LEASE, "grace": grace, "thread_pool_size": 4}
     if part.mode == "sync":
         with SyncCommandBus(part.dsn) as bus:
             SyncWorker(bus, part.domain, registry, **options).run()

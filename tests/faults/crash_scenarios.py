@@ -187,7 +187,8 @@ class Run:
                 raise AssertionError(f"{error}; its state is {self._state()}\n{self._log()}") from None
             finally:
                 self._process.kill()
-            assert self._state() == self._scenario.final, self._log()
+            found = self._state()
+            assert found == self._scenario.final, f"it ends in {found}, not in {self._scenario.final}\n{self._log()}"
             return self._proxy
 
     def _state(self) -> tuple[str, ...]:

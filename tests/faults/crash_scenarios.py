@@ -36,6 +36,36 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([crash_programs.__name__])
 
 
+def state(db: Connection, domain: str) -> tuple[str, ...]:
+    """All that a run must leave the same: the commands and the effects of their handlers, each as often as it is there.
+
+    Not the deliveries, the attempts and the crashes: a fault may cost one.
+    """
+    commands = rows(
+        db,
+        "SELECT concat_ws(' ', command_type, data::text, status, coalesce(result::text, '-'), "
+        "coalesce(error ->> 'code', '-')) FROM commandbus.commands WHERE domain = %s ORDER BY 1",
+        domain,
+    )
+    effects = rows(
+        db, "SELECT concat('effect ', count(*)) FROM public.effect WHERE domain = %s GROUP BY command_id", domain
+    )
+    return tuple(text for (text,) in (*commands, *effects))
+
+
+def schema(db: Connection, _domain: str) -> tuple[str, ...]:
+    """All that a migration makes: columns, functions, and the list of migrations."""
+    found = rows(
+        db,
+        "SELECT concat_ws(' ', c.relname, a.attname, a.atttypid::regtype) FROM pg_attribute a "
+        "JOIN pg_class c ON c.oid = a.attrelid WHERE c.relnamespace = 'commandbus'::regnamespace "
+        "UNION ALL SELECT concat_ws(' ', proname, md5(prosrc)) FROM pg_proc "
+        "WHERE pronamespace = 'commandbus'::regnamespace "
+        "UNION ALL SELECT name FROM commandbus.migration ORDER BY 1",
+    )
+    return tuple(text for (text,) in found)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A program, what it finds, and what it leaves.
@@ -49,6 +79,7 @@ class Scenario:
     prepare: Callable[[Connection, Part], None] = lambda db, part: None
     own_deadline: bool = False
     survives_kill: bool = True
+    state: Callable[[Connection, str], tuple[str, ...]] = state
 
     @property
     def works(self) -> bool:
@@ -85,7 +116,7 @@ def _parked(count: int) -> Callable[[Connection, Part], None]:
     return prepare
 
 
-def _at_first_version(db: Connection, part: Part) -> None:
+def at_first_version(db: Connection, part: Part) -> None:
     first = migrations()[0]
     db.execute(f"CREATE SCHEMA commandbus; {first.sql}; {first.record}".encode())
 
@@ -121,23 +152,6 @@ SCENARIOS = {
     "transact": Scenario("transact", ("Follow 0 COMPLETED 0 -", _DONE, "effect 1"), _sent),
     "complete own": Scenario("complete_own", (_DONE, "effect 1"), _sent),
 }
-
-
-def state(db: Connection, domain: str) -> tuple[str, ...]:
-    """All that a run must leave the same: the commands and the effects of their handlers, each as often as it is there.
-
-    Not the deliveries, the attempts and the crashes: a fault may cost one.
-    """
-    commands = rows(
-        db,
-        "SELECT concat_ws(' ', command_type, data::text, status, coalesce(result::text, '-'), "
-        "coalesce(error ->> 'code', '-')) FROM commandbus.commands WHERE domain = %s ORDER BY 1",
-        domain,
-    )
-    effects = rows(
-        db, "SELECT concat('effect ', count(*)) FROM public.effect WHERE domain = %s GROUP BY command_id", domain
-    )
-    return tuple(text for (text,) in (*commands, *effects))
 
 
 class Run:
@@ -192,7 +206,7 @@ class Run:
             return self._proxy
 
     def _state(self) -> tuple[str, ...]:
-        return state(self._db, self._domain)
+        return self._scenario.state(self._db, self._domain)
 
     def _log(self) -> str:
         return (self._folder / "log").read_text("utf-8")[-3000:]

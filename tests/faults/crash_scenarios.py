@@ -253,7 +253,8 @@ class Run:
 
     def _is_stuck(self) -> bool:
         made_at = self._proxy.made_at
-        return self._scenario.own_deadline and made_at is not None and time.monotonic() - made_at > _PATIENCE
+        may = self._scenario.own_deadline and self._starts == 1  # the next start meets no fault
+        return may and made_at is not None and time.monotonic() - made_at > _PATIENCE
 
     def _is_to_stop(self) -> bool:
         """Whether the worker has done all there is, or is to stop before."""

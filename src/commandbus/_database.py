@@ -289,6 +289,23 @@ async def execute_long(connection: psycopg.AsyncConnection[Any], call: Call[T], 
         ) from None
 
 
+@contextlib.asynccontextmanager
+async def transaction(connection: psycopg.AsyncConnection[Any], timeout: float) -> AsyncIterator[None]:
+    """A transaction around the block. Its beginning and its end have a deadline (seconds); the block has not."""
+    block = connection.transaction()
+    with _severed_after(timeout, connection):
+        await block.__aenter__()
+    try:
+        yield
+    except BaseException as error:
+        with _severed_after(timeout, connection):
+            if not await block.__aexit__(type(error), error, error.__traceback__):
+                raise
+    else:
+        with _severed_after(timeout, connection):
+            await block.__aexit__(None, None, None)
+
+
 @contextlib.contextmanager
 def _severed_after(timeout: float, connection: psycopg.AsyncConnection[Any]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
@@ -308,7 +325,8 @@ _RESET = "RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all(
 
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
-    await connection.execute(_RESET, prepare=False)
+    with _severed_after(CALL_SECONDS, connection):
+        await connection.execute(_RESET, prepare=False)
 
 
 def reset_blocking(connection: psycopg.Connection[Any]) -> None:
@@ -327,7 +345,7 @@ def hung_up(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
     return bool(poll.poll(0))
 
 
-def sever(connection: psycopg.AsyncConnection[Any]) -> None:
+def sever(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
     """Shut the connection's socket, so that whoever waits on it fails now."""
     with (
         contextlib.suppress(psycopg.Error, OSError),

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import psycopg
 
 from commandbus._connections import adopt, drive, drive_blocking
-from commandbus._database import CALL_SECONDS, Database, execute
+from commandbus._database import CALL_SECONDS, Database, execute, transaction
 from commandbus._failures import brief, is_connection_lost, is_short_of, printable
 from commandbus.bus import CommandBus
 from commandbus.errors import DatabaseUnavailableError, LeaseLostError, TransientCommandError
@@ -72,7 +72,7 @@ class Runner:
         self._bus = bus
         self._threads = threads
         self._transactions = transactions
-        self._connections = None if transactions is None else BlockingConnections(transactions)
+        self._connections = None if transactions is None else BlockingConnections(transactions, CALL_SECONDS)
         self._context = context
         self._middleware = middleware
         self._finish = finish
@@ -312,7 +312,7 @@ class Runner:
 
     async def _transact(self, lease: Lease, command: Command) -> None:
         assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
-        async with self._transactions.connection(inf) as connection, connection.transaction():
+        async with self._transactions.connection(inf) as connection, transaction(connection, CALL_SECONDS):
 
             def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
                 if wanted is RUN:
@@ -323,11 +323,15 @@ class Runner:
 
     def _transact_blocking(self, lease: Lease, command: Command) -> None:
         assert self._connections is not None  # noqa: S101 - as above
-        with self._connections.transaction(lease.wait) as connection:
+        connections = self._connections
+        with connections.transaction(lease.wait) as connection:
             own = adopt(connection)
 
             def perform(wanted: Any) -> Any:  # noqa: ANN401 - a call, or RUN
-                return self._call_blocking(lease, command, connection) if wanted is RUN else own.execute(wanted)
+                if wanted is RUN:
+                    return self._call_blocking(lease, command, connection)
+                with connections.deadline(connection):
+                    return own.execute(wanted)
 
             drive_blocking(handle(lease, self._completed), perform)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +12,7 @@ import psycopg
 
 from commandbus import _calls
 from commandbus._connections import Steps, Work, arun_on, run_on
-from commandbus._database import Database, hung_up, reset_blocking
+from commandbus._database import Database, hung_up, reset_blocking, sever
 from commandbus._failures import is_refusal
 from commandbus.errors import DatabaseUnavailableError, LeaseLostError, PermanentCommandError, TransientCommandError
 from commandbus.model import Json
@@ -100,8 +101,10 @@ class BlockingConnections:
     Not psycopg's blocking pool: it has threads of its own, which cannot be started when the interpreter exits.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, timeout: float) -> None:
         self._database = database
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
         self._lock = threading.Lock()
@@ -114,10 +117,11 @@ class BlockingConnections:
         """
         connection = self._connection(wait)
         try:
-            with connection.transaction():
+            with self._around(connection):
                 yield connection
             if not self._database.transaction_pooler:  # behind one it would meet another session
-                reset_blocking(connection)
+                with self.deadline(connection):
+                    reset_blocking(connection)
         except BaseException:
             connection.close()  # a failed handler's session is not worth an effort
             raise
@@ -126,6 +130,39 @@ class BlockingConnections:
                 self._idle.append(connection)
                 return
         connection.close()
+
+    @contextlib.contextmanager
+    def _around(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+        """A transaction around the block. Its beginning and its end have a deadline; the block has not."""
+        block = connection.transaction()
+        with self.deadline(connection):
+            block.__enter__()
+        try:
+            yield
+        except BaseException as error:
+            with self.deadline(connection):
+                if not block.__exit__(type(error), error, error.__traceback__):
+                    raise
+        else:
+            with self.deadline(connection):
+                block.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def deadline(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+        """Sever the connection when the block takes too long: psycopg would wait for its answer without end.
+
+        The worker's loop keeps the time; a thread for it could not be started at exit.
+        """
+        timers: list[asyncio.TimerHandle] = []
+        self._on_loop(lambda: timers.append(self._loop.call_later(self._timeout, sever, connection)))
+        try:
+            yield
+        finally:
+            self._on_loop(lambda: timers.pop().cancel())
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function)
 
     def _connection(self, wait: Callable[[float], bool]) -> psycopg.Connection[Any]:
         """Take one that is idle, else connect. After a restart of the server those that are idle are dead."""

@@ -1,0 +1,320 @@
+"""commandbus as a contender; see `program.py`. Beside the contract: `serve`, a worker until SIGTERM, and `flow`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import psycopg
+
+from benchmarks import stock
+from benchmarks.program import (
+    DOMAIN,
+    TYPE,
+    Answer,
+    Latencies,
+    Options,
+    answer,
+    main,
+    memory_mb,
+    send_in_threads,
+    started,
+    watching,
+)
+from commandbus import Command, CommandBus, HandlerRegistry, SendRequest, Worker
+from commandbus.migrate import migrate
+from commandbus.sync import SyncCommandBus, SyncRuntime, SyncWorker
+
+_LOOK_SECONDS = 0.02
+_HOUR = 3600.0
+_UNFINISHED = "SELECT FROM commandbus.command LIMIT 1"
+
+
+def setup(options: Options) -> Answer:
+    """Make the tables."""
+    migrate(options["dsn"])
+    return {}
+
+
+# -- sending -----------------------------------------------------------------------------------------------------------
+
+
+def send(options: Options) -> Answer:
+    """Send one command a call, from tasks or threads that share a bus."""
+    if options["mode"] == "blocking":
+        with SyncCommandBus(options["dsn"], **_budget(options)) as bus:
+            call = partial(bus.send, DOMAIN, TYPE, options["payload"])
+            return send_in_threads(options, lambda: contextlib.nullcontext(call))
+    with watching(options["dsn"]) as seen:
+        done = asyncio.run(_send_in_tasks(options))
+    return {**done, "connections": seen.most}
+
+
+async def _send_in_tasks(options: Options) -> Answer:
+    latencies: list[float] = []
+
+    async def work(bus: CommandBus, numbers: Iterator[int]) -> None:
+        for _ in numbers:
+            began = time.monotonic()
+            await bus.send(DOMAIN, TYPE, options["payload"])
+            latencies.append((time.monotonic() - began) * 1000)
+
+    async def all_of(bus: CommandBus, count: int) -> None:
+        numbers = iter(range(count))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(options["tasks"]):
+                group.create_task(work(bus, numbers))
+
+    async with CommandBus(options["dsn"], **_budget(options)) as bus:
+        await all_of(bus, 2 * options["tasks"])  # connects and prepares
+        latencies.clear()
+        began = started(options)
+        await all_of(bus, options["count"])
+        return answer(options["count"], began, latencies_ms=latencies, settings={"tasks": options["tasks"]})
+
+
+def batch(options: Options) -> Answer:
+    """Send all commands in one call."""
+
+    async def run() -> Answer:
+        requests = [SendRequest(DOMAIN, TYPE, options["payload"]) for _ in range(options["count"])]
+        async with CommandBus(options["dsn"]) as bus:
+            await bus.send_batch(requests[:1000])
+            began = started(options)
+            await bus.send_batch(requests)
+            return answer(len(requests), began, settings={"chunk": 1000})
+
+    with watching(options["dsn"]) as seen:
+        done = asyncio.run(run())
+    return {**done, "connections": seen.most}
+
+
+def _budget(options: Options) -> Options:
+    return {"flush_connections": options["connections"]} if "connections" in options else {}
+
+
+# -- working -----------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Counts the handled commands, and says when it was the last one."""
+
+    def __init__(self, options: Options) -> None:
+        self.latencies = Latencies(options.get("period_seconds", _HOUR))
+        self.handled_ms: list[float] = []  # of a few commands, each latency
+        self.marks: list[float] = []  # when each tenth was done
+        self.number = 0
+        self.full: Callable[[], object] = lambda: None
+        self._count = 0 if options.get("until_empty") else options["count"]
+        self._each = options.get("each", False)
+        self._numbers = itertools.count(1)
+
+    def add(self, command: Command) -> None:
+        """Count one; any thread may."""
+        if isinstance(command.data, dict) and "at" in command.data:
+            now = time.monotonic()
+            self.latencies.add(now - command.data["at"], now)
+            if self._each:
+                self.handled_ms.append((now - command.data["at"]) * 1000)
+        self.number = number = next(self._numbers)
+        if self._count and number % max(1, self._count // 10) == 0:
+            self.marks.append(time.monotonic())
+        if number == self._count:
+            self.full()
+
+
+def drain(options: Options) -> Answer:
+    """Handle so many commands that wait, or all; each handler sleeps for `sleep_ms`, or does nothing."""
+    if options.get("fill"):
+        stock.send(options["dsn"], options["count"])
+    tally = Tally(options)
+    with watching(options["dsn"]) as seen:
+        done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
+    return {**done, "connections": seen.most, "marks": tally.marks, "peak_mb": memory_mb(peak=True)}
+
+
+def serve(options: Options) -> Answer:
+    """Work until SIGTERM. Answers the latencies of the commands that carry the time of their sending."""
+    tally = Tally({"count": 0, **options})
+    done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
+    tally.latencies.close()
+    return {**done, "latencies_ms": tally.handled_ms, "periods": tally.latencies.periods}
+
+
+async def _work(options: Options, tally: Tally) -> Answer:
+    sleep = options.get("sleep_ms", 0) / 1000
+    registry = HandlerRegistry()
+
+    @registry.handler(DOMAIN, TYPE)
+    async def handle(command: Command, _: object) -> None:
+        tally.add(command)
+        if sleep:
+            await asyncio.sleep(sleep)
+
+    async with CommandBus(options["dsn"]) as bus:
+        worker = Worker(bus, DOMAIN, registry, concurrency=options["concurrency"])
+        tally.full = worker.stop
+        with _stopping_when_empty(options, tally):
+            began = started(options)
+            await worker.run()
+            return answer(tally.number, began, settings={"concurrency": options["concurrency"]})
+
+
+def _work_in_threads(options: Options, tally: Tally) -> Answer:
+    sleep = options.get("sleep_ms", 0) / 1000
+    registry = HandlerRegistry()
+
+    @registry.handler(DOMAIN, TYPE)
+    def handle(command: Command, _: object) -> None:
+        tally.add(command)
+        if sleep:
+            time.sleep(sleep)
+
+    settings = {"concurrency": options["concurrency"], "thread_pool_size": options["tasks"]}
+    with SyncCommandBus(options["dsn"]) as bus:
+        worker = SyncWorker(bus, DOMAIN, registry, **settings)
+        tally.full = worker.stop
+        with _stopping_when_empty(options, tally):
+            began = started(options)
+            worker.run()
+            return answer(tally.number, began, settings=settings)
+
+
+@contextlib.contextmanager
+def _stopping_when_empty(options: Options, tally: Tally) -> Iterator[None]:
+    """Stop the worker when nothing is left, also for the other processes; asks only while this one idles."""
+    over = threading.Event()
+
+    def watch() -> None:
+        with psycopg.connect(options["dsn"], autocommit=True) as connection:
+            before = -1
+            while not over.wait(_LOOK_SECONDS):
+                if before == tally.number and not connection.execute(_UNFINISHED).rowcount:
+                    tally.full()
+                    return
+                before = tally.number
+
+    watcher = threading.Thread(target=watch)
+    if options.get("until_empty"):
+        watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if watcher.ident is not None:
+            watcher.join()
+
+
+# -- from sender to handler --------------------------------------------------------------------------------------------
+
+
+def latency(options: Options) -> Answer:
+    """Send single commands, with pauses, to an idle worker in another process."""
+    served = {"dsn": options["dsn"], "mode": options["mode"], "tasks": options["tasks"], "each": True}
+    command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(served)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
+        wait_for_worker(options["dsn"])
+        low, high = options.get("pause_ms", (110, 210))  # after 100 the next hint is given at once
+        try:
+            with _single(options) as one:
+                for _ in range(options["count"]):
+                    time.sleep(random.uniform(low, high) / 1000)  # noqa: S311 - spread
+                    one({**options["payload"], "at": time.monotonic()})
+                time.sleep(0.5)
+        finally:
+            worker.send_signal(signal.SIGTERM)
+        done: Answer = json.loads(worker.communicate()[0])
+    return {**done, "settings": {"pause_ms": [low, high], "mode": options["mode"]}}
+
+
+@contextlib.contextmanager
+def _single(options: Options) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Return a function that sends one command and waits for that: on a blocking bus, or on a loop of its own."""
+    if options["mode"] == "blocking":
+        with SyncCommandBus(options["dsn"]) as blocking:
+            yield partial(blocking.send, DOMAIN, TYPE)
+        return
+    with asyncio.Runner() as runner:
+        bus = CommandBus(options["dsn"])
+        runner.run(bus.open())
+        yield lambda data: runner.run(bus.send(DOMAIN, TYPE, data))
+        runner.run(bus.close())
+
+
+def wait_for_worker(dsn: str) -> None:
+    """Return when a worker has announced itself in this database, and has claimed for the first time."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        while not connection.execute("SELECT FROM commandbus.workers").rowcount:
+            time.sleep(_LOOK_SECONDS)
+    time.sleep(0.5)
+
+
+def flow(options: Options) -> Answer:
+    """Send for some time at some rate (0: as fast as it goes), from tasks."""
+
+    async def run() -> Answer:
+        latencies = Latencies(options.get("period_seconds", _HOUR))
+        numbers = itertools.count()
+        async with CommandBus(options["dsn"]) as bus:
+            began = started(options)
+
+            async def work() -> None:
+                while (now := time.monotonic()) - began < options["seconds"]:
+                    number = next(numbers)
+                    due = began + number / options["rate"] if options["rate"] else now
+                    await asyncio.sleep(max(0.0, due - now))
+                    at = time.monotonic()
+                    await bus.send(DOMAIN, TYPE, {**options["payload"], "at": at})
+                    latencies.add((ended := time.monotonic()) - at, ended)
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(options["tasks"]):
+                    group.create_task(work())
+        latencies.close()
+        return answer(next(numbers), began, periods=latencies.periods)
+
+    return asyncio.run(run())
+
+
+# -- the way to the loop -----------------------------------------------------------------------------------------------
+
+
+def call(options: Options) -> Answer:
+    """Call an empty coroutine function from threads, through the runtime or `run_coroutine_threadsafe`."""
+
+    async def nothing() -> None:
+        pass
+
+    with SyncRuntime() as runtime:
+        loop = runtime.start()
+        ways: dict[str, Callable[[], object]] = {
+            "runtime": lambda: runtime.run(nothing),
+            "threadsafe": lambda: asyncio.run_coroutine_threadsafe(nothing(), loop).result(),
+        }
+        return send_in_threads(options, lambda: contextlib.nullcontext(ways[options["way"]]))
+
+
+ACTIONS = {
+    "setup": setup,
+    "send": send,
+    "batch": batch,
+    "drain": drain,
+    "latency": latency,
+    "call": call,
+    "serve": serve,
+    "flow": flow,
+}
+
+if __name__ == "__main__":
+    main(ACTIONS)

@@ -12,7 +12,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
     """`send_batch` beside what PostgreSQL takes in as plain rows."""
     work: Options = {"count": bench.size(100_000, 5000)}
     peers = bench.peers("batch", **work)
-    race = bench.race_all(
+    race = bench.race(
         {
             "ours": ours("batch", **work),
             "insert": ceiling("batch", "insert", **work),

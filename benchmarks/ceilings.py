@@ -122,6 +122,7 @@ def drain(options: Options) -> Answer:
     setup(options)
     if options.get("fill"):
         stock.send(options["dsn"], options["count"])
+        stock.settle(options["dsn"])
     if options["way"] == "statements":
         with psycopg.connect(options["dsn"]) as connection:
             connection.execute("INSERT INTO bare.command SELECT * FROM commandbus.command")

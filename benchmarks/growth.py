@@ -35,7 +35,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
             fill(dsn)
             stock.settle(dsn)
             turns[name] = partial(_turn, bench, dsn)
-        race = bench.race_all(turns)
+        race = bench.race(turns)
     for verb in ("send", "claim and complete", "drain"):
         for name in list(stocks)[1:]:
             measured = partial(_rate, verb)

@@ -181,18 +181,16 @@ class Race:
 class Bench:
     """The server, and how much is measured: `rounds`, and sizes that `quick` makes small."""
 
-    def __init__(self, *, quick: bool = False, peers: bool = False, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *, quick: bool = False, peers: bool = False) -> None:
         self.quick = quick
         self.with_peers = peers
         self.rounds = 1 if quick else 5
         self._exit = contextlib.ExitStack()
-        folder = self._exit.enter_context(tempfile.TemporaryDirectory(prefix="commandbus-bench-"))
-        self.folder = Path(folder)
-        self.server = EmbeddedPostgres(self.folder / "data", settings={**SERVER_SETTINGS, **(settings or {})})
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Self:
-        self._exit.enter_context(self.server)
+        self.folder = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="commandbus-bench-")))
+        self.server = self._exit.enter_context(EmbeddedPostgres(self.folder / "data", settings=SERVER_SETTINGS))
         self.administer("create database migrated")
         migrate(self.server.dsn("migrated"))
         self.administer("alter database migrated with is_template true allow_connections false")
@@ -242,14 +240,13 @@ class Bench:
         with self.database("template0" if contender.is_peer else "migrated") as dsn:
             if contender.is_peer:
                 self.run(Contender(contender.program, "setup"), dsn)
-            return self.run(contender, dsn)
+            answer = self.run(contender, dsn)
+        if "unsupported" in answer:
+            raise ProgramError(answer["unsupported"])
+        return answer
 
-    def race(self, **turns: Contender | Callable[[], Answer]) -> Race:
-        """Let them run in turn, so many rounds."""
-        return self.race_all(turns)
-
-    def race_all(self, turns: Mapping[str, Contender | Callable[[], Answer]]) -> Race:
-        """Do what `race` does. A peer that fails drops out, and is told of."""
+    def race(self, turns: Mapping[str, Contender | Callable[[], Answer]]) -> Race:
+        """Let them run in turn, so many rounds. A peer that fails drops out, and is told of."""
         answers: dict[str, list[Answer]] = {name: [] for name in turns}
         for _ in range(self.rounds):
             for name in list(answers):

@@ -18,12 +18,12 @@ from benchmarks.ours import wait_for_worker
 from benchmarks.program import Answer
 
 _SETTLE_SECONDS = 5.0  # until its pauses are as long as they become
-_STATEMENT = re.compile(r"LOG:  (?:execute [^:]*|statement): (?!BEGIN|COMMIT)")
+_STATEMENT = re.compile(r"LOG:  (?:execute [^:]*|statement):")
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
     """Statements, counted in the server's log, and processor time."""
-    race = bench.race(ours=partial(_idle, bench, bench.size(30, 2)))
+    race = bench.race({"ours": partial(_idle, bench, bench.size(30, 2))})
     yield race.figure("idle: statements", "ours", itemgetter("statements"), bar=at_most(2, "value"))
     yield race.figure("idle: share of a core", "ours", itemgetter("percent"), "%", bar=at_most(1, "value"))
 

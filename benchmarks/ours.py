@@ -10,11 +10,9 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import psycopg
 
@@ -38,7 +36,6 @@ from commandbus.sync import SyncCommandBus, SyncRuntime, SyncWorker
 
 _LOOK_SECONDS = 0.02
 _HOUR = 3600.0
-_UNFINISHED = "SELECT FROM commandbus.command LIMIT 1"
 
 
 def setup(options: Options) -> Answer:
@@ -53,7 +50,7 @@ def setup(options: Options) -> Answer:
 def send(options: Options) -> Answer:
     """Send one command a call, from tasks or threads that share a bus."""
     if options["mode"] == "blocking":
-        with SyncCommandBus(options["dsn"], **_budget(options)) as bus:
+        with SyncCommandBus(options["dsn"]) as bus:
             call = partial(bus.send, DOMAIN, TYPE, options["payload"])
             return send_in_threads(options, lambda: contextlib.nullcontext(call))
     with watching(options["dsn"]) as seen:
@@ -76,7 +73,7 @@ async def _send_in_tasks(options: Options) -> Answer:
             for _ in range(options["tasks"]):
                 group.create_task(work(bus, numbers))
 
-    async with CommandBus(options["dsn"], **_budget(options)) as bus:
+    async with CommandBus(options["dsn"]) as bus:
         await all_of(bus, 2 * options["tasks"])  # connects and prepares
         latencies.clear()
         began = started(options)
@@ -100,10 +97,6 @@ def batch(options: Options) -> Answer:
     return {**done, "connections": seen.most}
 
 
-def _budget(options: Options) -> Options:
-    return {"flush_connections": options["connections"]} if "connections" in options else {}
-
-
 # -- working -----------------------------------------------------------------------------------------------------------
 
 
@@ -112,12 +105,10 @@ class Tally:
 
     def __init__(self, options: Options) -> None:
         self.latencies = Latencies(options.get("period_seconds", _HOUR))
-        self.handled_ms: list[float] = []  # of a few commands, each latency
         self.marks: list[float] = []  # when each tenth was done
         self.number = 0
         self.full: Callable[[], object] = lambda: None
-        self._count = 0 if options.get("until_empty") else options["count"]
-        self._each = options.get("each", False)
+        self._count = options.get("count", 0)
         self._numbers = itertools.count(1)
 
     def add(self, command: Command) -> None:
@@ -125,8 +116,6 @@ class Tally:
         if isinstance(command.data, dict) and "at" in command.data:
             now = time.monotonic()
             self.latencies.add(now - command.data["at"], now)
-            if self._each:
-                self.handled_ms.append((now - command.data["at"]) * 1000)
         self.number = number = next(self._numbers)
         if self._count and number % max(1, self._count // 10) == 0:
             self.marks.append(time.monotonic())
@@ -138,6 +127,7 @@ def drain(options: Options) -> Answer:
     """Handle so many commands that wait, or all; each handler sleeps for `sleep_ms`, or does nothing."""
     if options.get("fill"):
         stock.send(options["dsn"], options["count"])
+        stock.settle(options["dsn"])
     tally = Tally(options)
     with watching(options["dsn"]) as seen:
         done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
@@ -146,110 +136,72 @@ def drain(options: Options) -> Answer:
 
 def serve(options: Options) -> Answer:
     """Work until SIGTERM. Answers the latencies of the commands that carry the time of their sending."""
-    tally = Tally({"count": 0, **options})
+    tally = Tally(options)
     done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
     tally.latencies.close()
-    return {**done, "latencies_ms": tally.handled_ms, "periods": tally.latencies.periods}
+    return {**done, "periods": tally.latencies.periods}
 
 
-async def _work(options: Options, tally: Tally) -> Answer:
+def _registry(options: Options, tally: Tally) -> HandlerRegistry:
     sleep = options.get("sleep_ms", 0) / 1000
     registry = HandlerRegistry()
 
-    @registry.handler(DOMAIN, TYPE)
-    async def handle(command: Command, _: object) -> None:
-        tally.add(command)
-        if sleep:
-            await asyncio.sleep(sleep)
-
-    async with CommandBus(options["dsn"]) as bus:
-        worker = Worker(bus, DOMAIN, registry, concurrency=options["concurrency"])
-        tally.full = worker.stop
-        with _stopping_when_empty(options, tally):
-            began = started(options)
-            await worker.run()
-            return answer(tally.number, began, settings={"concurrency": options["concurrency"]})
-
-
-def _work_in_threads(options: Options, tally: Tally) -> Answer:
-    sleep = options.get("sleep_ms", 0) / 1000
-    registry = HandlerRegistry()
-
-    @registry.handler(DOMAIN, TYPE)
     def handle(command: Command, _: object) -> None:
         tally.add(command)
         if sleep:
             time.sleep(sleep)
 
+    async def ahandle(command: Command, _: object) -> None:
+        tally.add(command)
+        if sleep:
+            await asyncio.sleep(sleep)
+
+    registry.handler(DOMAIN, TYPE)(handle if options["mode"] == "blocking" else ahandle)
+    return registry
+
+
+async def _work(options: Options, tally: Tally) -> Answer:
+    async with CommandBus(options["dsn"]) as bus:
+        worker = Worker(bus, DOMAIN, _registry(options, tally), concurrency=options["concurrency"])
+        tally.full = worker.stop
+        began = started(options)
+        await worker.run()
+        return answer(tally.number, began, settings={"concurrency": options["concurrency"]})
+
+
+def _work_in_threads(options: Options, tally: Tally) -> Answer:
     settings = {"concurrency": options["concurrency"], "thread_pool_size": options["tasks"]}
     with SyncCommandBus(options["dsn"]) as bus:
-        worker = SyncWorker(bus, DOMAIN, registry, **settings)
+        worker = SyncWorker(bus, DOMAIN, _registry(options, tally), **settings)
         tally.full = worker.stop
-        with _stopping_when_empty(options, tally):
-            began = started(options)
-            worker.run()
-            return answer(tally.number, began, settings=settings)
-
-
-@contextlib.contextmanager
-def _stopping_when_empty(options: Options, tally: Tally) -> Iterator[None]:
-    """Stop the worker when nothing is left, also for the other processes; asks only while this one idles."""
-    over = threading.Event()
-
-    def watch() -> None:
-        with psycopg.connect(options["dsn"], autocommit=True) as connection:
-            before = -1
-            while not over.wait(_LOOK_SECONDS):
-                if before == tally.number and not connection.execute(_UNFINISHED).rowcount:
-                    tally.full()
-                    return
-                before = tally.number
-
-    watcher = threading.Thread(target=watch)
-    if options.get("until_empty"):
-        watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if watcher.ident is not None:
-            watcher.join()
+        began = started(options)
+        worker.run()
+        return answer(tally.number, began, settings=settings)
 
 
 # -- from sender to handler --------------------------------------------------------------------------------------------
 
 
 def latency(options: Options) -> Answer:
-    """Send single commands, with pauses, to an idle worker in another process."""
-    served = {"dsn": options["dsn"], "mode": options["mode"], "tasks": options["tasks"], "each": True}
+    """Send single commands, each after a pause, to a worker in another process; `mode` is the worker's."""
+    served = {"dsn": options["dsn"], "mode": options["mode"], "tasks": options["tasks"], "period_seconds": 0}
+    pause = options["pause_ms"] / 1000
+
+    async def run() -> None:
+        async with CommandBus(options["dsn"]) as bus:
+            for _ in range(options["count"]):
+                await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - not in step with any poll
+                await bus.send(DOMAIN, TYPE, {**options["payload"], "at": time.monotonic()})
+            await asyncio.sleep(1)
+
     command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(served)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
         wait_for_worker(options["dsn"])
-        low, high = options.get("pause_ms", (110, 210))  # after 100 the next hint is given at once
-        try:
-            with _single(options) as one:
-                for _ in range(options["count"]):
-                    time.sleep(random.uniform(low, high) / 1000)  # noqa: S311 - spread
-                    one({**options["payload"], "at": time.monotonic()})
-                time.sleep(0.5)
-        finally:
-            worker.send_signal(signal.SIGTERM)
+        asyncio.run(run())
+        worker.send_signal(signal.SIGTERM)
         done: Answer = json.loads(worker.communicate()[0])
-    return {**done, "settings": {"pause_ms": [low, high], "mode": options["mode"]}}
-
-
-@contextlib.contextmanager
-def _single(options: Options) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """Return a function that sends one command and waits for that: on a blocking bus, or on a loop of its own."""
-    if options["mode"] == "blocking":
-        with SyncCommandBus(options["dsn"]) as blocking:
-            yield partial(blocking.send, DOMAIN, TYPE)
-        return
-    with asyncio.Runner() as runner:
-        bus = CommandBus(options["dsn"])
-        runner.run(bus.open())
-        yield lambda data: runner.run(bus.send(DOMAIN, TYPE, data))
-        runner.run(bus.close())
+    latencies = [period["max"] for period in done["periods"]]  # one in each
+    return {"latencies_ms": latencies, "settings": {"pause_ms": options["pause_ms"], **done["settings"]}}
 
 
 def wait_for_worker(dsn: str) -> None:
@@ -290,7 +242,7 @@ def flow(options: Options) -> Answer:
 # -- the way to the loop -----------------------------------------------------------------------------------------------
 
 
-def call(options: Options) -> Answer:
+def hop(options: Options) -> Answer:
     """Call an empty coroutine function from threads, through the runtime or `run_coroutine_threadsafe`."""
 
     async def nothing() -> None:
@@ -311,7 +263,7 @@ ACTIONS = {
     "batch": batch,
     "drain": drain,
     "latency": latency,
-    "call": call,
+    "hop": hop,
     "serve": serve,
     "flow": flow,
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 
 import psycopg
 
@@ -14,41 +16,37 @@ from benchmarks.program import Answer
 
 _START_SECONDS = 2.0
 _TROUBLE = ("still waiting for", "deadlock detected")  # log_lock_waits tells of waits above deadlock_timeout
+_LEFT = "SELECT FROM commandbus.command LIMIT 1"
+_LAST = "SELECT extract(epoch FROM max(finished_at))::float8 FROM commandbus.commands"
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
     """One, two and four processes on one queue."""
     names = {1: "one process", 2: "two processes", 4: "four processes"}
-    race = bench.race_all({name: partial(_drain, bench, number) for number, name in names.items()})
+    race = bench.race({name: partial(_drain, bench, number) for number, name in names.items()})
     yield race.figure("drain by two processes", names[2], rate, against=names[1], bar=at_least(1.2))
     yield race.figure("drain by four processes", names[4], rate, against=names[2], bar=at_least(1.0))
-    for number in (2, 4):
-        yield race.figure(f"lock waits, {number} processes", names[number], _troubles, "", bar=at_most(0, "value"))
-
-
-def _troubles(answer: Answer) -> float:
-    return float(answer["troubles"])
+    for name in (names[2], names[4]):
+        yield race.figure(f"lock waits, {name}", name, itemgetter("troubles"), "", bar=at_most(0, "value"))
 
 
 def _drain(bench: Bench, processes: int) -> Answer:
-    """Let so many processes empty a queue; from the first one's start to the last completion."""
+    """Let so many processes empty a queue: from their common start to the last completion, by the server's clock."""
     count = bench.size(60_000, 1000)
-    worker = ours("drain", until_empty=True, count=count)
-    with bench.database() as dsn:
+    with bench.database() as dsn, psycopg.connect(dsn, autocommit=True) as connection:
         stock.send(dsn, count)
         known = len(bench.log())
         at = time.monotonic() + _START_SECONDS
-        began = time.time() + _START_SECONDS
-        answers = [answer_of(process) for process in [bench.start(worker, dsn, start_at=at) for _ in range(processes)]]
-        with psycopg.connect(dsn) as connection:
-            (((ended,),)) = connection.execute(
-                "SELECT extract(epoch FROM max(finished_at))::float8 FROM commandbus.commands"
-            ).fetchall()
-    log = bench.log()[known:]
-    return {
-        "count": sum(each["count"] for each in answers),
-        "seconds": ended - began,
-        "troubles": sum(log.count(words) for words in _TROUBLE),
-        "connections": max(each["connections"] for each in answers),
-        "settings": {"processes": processes, **answers[0]["settings"]},
-    }
+        workers = [bench.start(ours("serve"), dsn, start_at=at) for _ in range(processes)]
+        time.sleep(_START_SECONDS)
+        while connection.execute(_LEFT).rowcount:
+            time.sleep(0.2)
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+        answers = [answer_of(worker) for worker in workers]
+        began = min(each["began"] for each in answers) + time.time() - time.monotonic()
+        ((ended,),) = connection.execute(_LAST).fetchall()
+        log = bench.log()[known:]
+    troubles = sum(log.count(words) for words in _TROUBLE)
+    settings = {"processes": processes, **answers[0]["settings"]}
+    return {"count": count, "seconds": ended - began, "troubles": troubles, "settings": settings}

@@ -1,9 +1,10 @@
 """What the measured programs share, and the contract with the harness.
 
-`PROGRAM ACTION JSON` prints one line of JSON. Actions: setup, send, batch, drain, latency, call. What it is given: dsn,
-count, mode ("async" or "blocking"), tasks (or threads), concurrency, payload, and for drain fill: whether it sends
-first what it then drains, unmeasured. What it answers: seconds and count; of single calls latencies_ms; connections,
-the most that were seen on the server; settings, whatever belongs beside the figure. It looks at the clock after it has
+`PROGRAM ACTION JSON` prints one line of JSON. Actions: setup, send, batch, drain, latency. What it is given: dsn,
+count, mode ("async" or "blocking"), tasks (or threads), concurrency, payload; for drain fill: whether it sends first
+what it then drains, unmeasured; for latency pause_ms, the mean pause between two sends. What it answers: seconds and
+count; of single calls latencies_ms; connections, the most that were seen on the server; settings, whatever belongs
+beside the figure; or unsupported, and why. It looks at the clock after it has
 connected: starting an interpreter is not what is measured.
 """
 
@@ -118,7 +119,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 class Latencies:
-    """Latencies as they arrive, told per period; only those of the period under way are kept."""
+    """Latencies as they arrive, told per period; only those of the period under way are kept. Of 0 s: of each one."""
 
     def __init__(self, period_seconds: float) -> None:
         self.periods: list[dict[str, float]] = []

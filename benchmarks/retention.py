@@ -25,7 +25,7 @@ _BEFORE = 2.0
 def measure(bench: Bench) -> Iterator[Figure]:
     """The drop, and the slowest send and the slowest way to the handler while it runs."""
     count = bench.size(1_000_000, 20_000)
-    race = bench.race(drop=partial(_drop, bench, count))
+    race = bench.race({"drop": partial(_drop, bench, count)})
     yield race.figure(f"retention of {count:,}", "drop", itemgetter("seconds"), "s", bar=at_most(1, "value"))
     for name in ("sends", "handling"):
         yield race.figure(f"slowest of {name}", "drop", itemgetter(name), "ms", bar=at_most(100, "value"))

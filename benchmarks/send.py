@@ -37,7 +37,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
 def _tasks(bench: Bench) -> Iterator[Figure]:
     work: Options = {"count": bench.size(20_000, 500), "tasks": 64}
     peers = bench.peers("send", mode="async", **work)
-    race = bench.race_all({"ours": ours("send", **work), **peers})
+    race = bench.race({"ours": ours("send", **work), **peers})
     yield race.figure("send 64 tasks", "ours", rate)
     yield race.figure("send 64 tasks p99", "ours", p99, "ms")
     yield from race.against_all("send 64 tasks", "ours", rate, "/s", dict.fromkeys(peers, at_least(4)))
@@ -45,7 +45,7 @@ def _tasks(bench: Bench) -> Iterator[Figure]:
 
 def _one_thread(bench: Bench) -> Iterator[Figure]:
     work: Options = {"count": bench.size(3000, 100), "tasks": 1}
-    race = bench.race_all(
+    race = bench.race(
         {
             "ours": ours("send", "blocking", **work),
             "insert": ceiling("send", "insert", **work),
@@ -60,7 +60,7 @@ def _one_thread(bench: Bench) -> Iterator[Figure]:
 def _threads(bench: Bench, threads: int) -> Iterator[Figure]:
     work: Options = {"count": bench.size(20_000, 500), "tasks": threads}
     peers = bench.peers("send", mode="blocking", **work)
-    race = bench.race_all(
+    race = bench.race(
         {
             "ours": ours("send", "blocking", **work),
             "insert": ceiling("send", "insert", **work),
@@ -78,10 +78,8 @@ def _threads(bench: Bench, threads: int) -> Iterator[Figure]:
 def _processes(bench: Bench) -> Iterator[Figure]:
     processes = bench.size(16, 2)
     work: Options = {"count": bench.size(1000, 20), "tasks": 1}
-    race = bench.race(
-        ours=partial(_together, bench, ours("send", "blocking", **work), processes),
-        insert=partial(_together, bench, ceiling("send", "insert", **work), processes),
-    )
+    senders = {"ours": ours("send", "blocking", **work), "insert": ceiling("send", "insert", **work)}
+    race = bench.race({name: partial(_together, bench, sender, processes) for name, sender in senders.items()})
     yield race.figure("send 16 processes", "ours", rate, against="insert", bar=at_least(0.8), processes=processes)
 
 

@@ -60,6 +60,8 @@ def _json(figure: Figure, where: dict[str, object]) -> str:
         "ratio": None if figure.ratio is None else round(figure.ratio, 3),
         "against": figure.against,
         "runs": [round(run, 3) for run in figure.runs],
+        "against_runs": [round(run, 3) for run in figure.others],
+        "against_settings": figure.other_settings,
         "ratios": [round(ratio, 3) for ratio in figure.ratios],
         "bar": None if figure.bar is None else dataclasses.asdict(figure.bar),
         "reached": figure.reached,
@@ -75,7 +77,7 @@ def _row(figure: Figure) -> str:
         low, high = min(figure.ratios), max(figure.ratios)
         ratio = f"{figure.ratio:.2f}x {figure.against} ({low:.2f}-{high:.2f})"
     bar = "" if figure.bar is None else f"{figure.bar}: {'reached' if figure.reached else 'NOT REACHED'}"
-    settings = ", ".join(f"{name} {value}" for name, value in figure.settings.items() if value is not None)
+    settings = ", ".join(f"{name} {value}" for name, value in figure.settings.items())
     value = f"{figure.value:,.0f}" if abs(figure.value) >= 100 else f"{figure.value:,.2f}"  # noqa: PLR2004
     return f"{figure.name:32} {value:>10} {figure.unit:4} {ratio:48} {bar:32} n={len(figure.runs)}  {settings}"
 

@@ -34,16 +34,20 @@ def _last_tenth(answer: Answer) -> float:
 def _drain(bench: Bench, *, pinned: bool) -> Answer:
     count, small = bench.size(500_000, 2000), bench.size(20_000, 300)
     with bench.database() as dsn:
-        before = bench.run(ours("drain", count=small, fill=True), dsn)
+        before = _run(bench, dsn, small)
         with _pinned_horizon(dsn) if pinned else contextlib.nullcontext():
-            stock.send(dsn, count)
-            done = bench.run(ours("drain", count=count), dsn)
+            done = _run(bench, dsn, count)
         began = time.monotonic()
         while pinned and time.monotonic() - began < _PATIENCE:
-            again = bench.run(ours("drain", count=small, fill=True), dsn)
-            if bench.quick or rate(again) >= _RECOVERED * rate(before):
+            if rate(_run(bench, dsn, small)) >= _RECOVERED * rate(before) or bench.quick:
                 break
         return {**done, "recovery": time.monotonic() - began}
+
+
+def _run(bench: Bench, dsn: str, count: int) -> Answer:
+    """Send and drain so many. No vacuum but the server's own."""
+    stock.send(dsn, count)
+    return bench.run(ours("drain", count=count), dsn)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,8 @@ def setup(options: Options) -> Answer:
 
 def send(options: Options) -> Answer:
     """Send one command a call, on a connection a thread: a bare insert, or our function."""
-    setup(options)
+    if options["way"] == "insert":
+        setup(options)
     data = json.dumps(options["payload"])
     request = SendRequest(DOMAIN, TYPE, options["payload"])
 
@@ -119,11 +120,11 @@ def batch(options: Options) -> Answer:
 
 def drain(options: Options) -> Answer:
     """Claim and complete in a loop, with bare statements or our functions, one after the other or overlapping."""
-    setup(options)
     if options.get("fill"):
         stock.send(options["dsn"], options["count"])
         stock.settle(options["dsn"])
     if options["way"] == "statements":
+        setup(options)
         with psycopg.connect(options["dsn"]) as connection:
             connection.execute("INSERT INTO bare.command SELECT * FROM commandbus.command")
             connection.execute("ANALYZE bare.command")

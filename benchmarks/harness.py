@@ -106,6 +106,7 @@ class Figure:
     against: str = ""
     others: Sequence[float] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
+    other_settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def value(self) -> float:
@@ -164,10 +165,14 @@ class Race:
         **settings: object,
     ) -> Figure:
         """Return the figure of one contender, against another that took part."""
-        others = [measure(each) for each in self.answers.get(against, ())]
-        first = self.answers[who][0]
-        shown = {**first.get("settings", {}), "connections": first.get("connections"), **settings}
-        return Figure(name, unit, [measure(each) for each in self.answers[who]], bar, against, others, shown)
+        runs, others = ([measure(each) for each in self.answers.get(one, ())] for one in (who, against))
+        shown = {**self._settings(who), **settings}
+        return Figure(name, unit, runs, bar, against, others, shown, self._settings(against))
+
+    def _settings(self, who: str) -> dict[str, object]:
+        first = next(iter(self.answers.get(who, ())), {})
+        connections = {"connections": first["connections"]} if "connections" in first else {}
+        return {**first.get("settings", {}), **connections}
 
     def against_all(
         self, name: str, who: str, measure: Measure, unit: str, rivals: Mapping[str, Bar | None]
@@ -230,6 +235,15 @@ class Bench:
         return subprocess.Popen(  # noqa: S603 - programs of this folder
             contender.command(dsn, **more), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+
+    @contextlib.contextmanager
+    def running(self, contender: Contender, dsn: str, **more: object) -> Iterator[subprocess.Popen[str]]:
+        """Start a contender that works until it is terminated, at the latest when this is left."""
+        with self.start(contender, dsn, **more) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
 
     def run(self, contender: Contender, dsn: str, **more: object) -> Answer:
         """Run a contender to its end. Raises `ProgramError` with what it complained of."""

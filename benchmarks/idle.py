@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from benchmarks.harness import Bench, Figure, answer_of, at_most, ours
 from benchmarks.ours import wait_for_worker
 from benchmarks.program import Answer
 
-_SETTLE_SECONDS = 5.0  # until its pauses are as long as they become
+_SETTLE_SECONDS = 5  # until its pauses are as long as they become
 _STATEMENT = re.compile(r"LOG:  (?:execute [^:]*|statement):")
 
 
@@ -31,14 +30,14 @@ def measure(bench: Bench) -> Iterator[Figure]:
 def _idle(bench: Bench, seconds: float) -> Answer:
     with bench.database() as dsn:
         bench.administer("alter database {} set log_statement = 'all'", str(conninfo_to_dict(dsn)["dbname"]))
-        with bench.start(ours("serve"), dsn) as worker:
+        with bench.running(ours("serve"), dsn) as worker:
             wait_for_worker(dsn)
-            time.sleep(bench.size(1, 0) * _SETTLE_SECONDS)
+            time.sleep(bench.size(_SETTLE_SECONDS, 0))
             logged, used = len(bench.log()), _processor_seconds(worker.pid)
             time.sleep(seconds)
             statements = len(_STATEMENT.findall(bench.log()[logged:]))
             used = _processor_seconds(worker.pid) - used
-            worker.send_signal(signal.SIGTERM)
+            worker.terminate()
             done = answer_of(worker)
     return {"statements": statements / seconds, "percent": 100 * used / seconds, "settings": done["settings"]}
 

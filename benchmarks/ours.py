@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -106,7 +105,6 @@ class Tally:
     def __init__(self, options: Options) -> None:
         self.latencies = Latencies(options.get("period_seconds", _HOUR))
         self.marks: list[float] = []  # when each tenth was done
-        self.number = 0
         self.full: Callable[[], object] = lambda: None
         self._count = options.get("count", 0)
         self._numbers = itertools.count(1)
@@ -116,11 +114,15 @@ class Tally:
         if isinstance(command.data, dict) and "at" in command.data:
             now = time.monotonic()
             self.latencies.add(now - command.data["at"], now)
-        self.number = number = next(self._numbers)
+        number = next(self._numbers)  # atomic
         if self._count and number % max(1, self._count // 10) == 0:
             self.marks.append(time.monotonic())
         if number == self._count:
             self.full()
+
+    def total(self) -> int:
+        """Return how many were counted, at the end."""
+        return next(self._numbers) - 1
 
 
 def drain(options: Options) -> Answer:
@@ -130,14 +132,14 @@ def drain(options: Options) -> Answer:
         stock.settle(options["dsn"])
     tally = Tally(options)
     with watching(options["dsn"]) as seen:
-        done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
+        done = _work(options, tally)
     return {**done, "connections": seen.most, "marks": tally.marks, "peak_mb": memory_mb(peak=True)}
 
 
 def serve(options: Options) -> Answer:
     """Work until SIGTERM. Answers the latencies of the commands that carry the time of their sending."""
     tally = Tally(options)
-    done = _work_in_threads(options, tally) if options["mode"] == "blocking" else asyncio.run(_work(options, tally))
+    done = _work(options, tally)
     tally.latencies.close()
     return {**done, "periods": tally.latencies.periods}
 
@@ -160,13 +162,19 @@ def _registry(options: Options, tally: Tally) -> HandlerRegistry:
     return registry
 
 
-async def _work(options: Options, tally: Tally) -> Answer:
+def _work(options: Options, tally: Tally) -> Answer:
+    if options["mode"] == "blocking":
+        return _work_in_threads(options, tally)
+    return asyncio.run(_work_in_tasks(options, tally))
+
+
+async def _work_in_tasks(options: Options, tally: Tally) -> Answer:
     async with CommandBus(options["dsn"]) as bus:
         worker = Worker(bus, DOMAIN, _registry(options, tally), concurrency=options["concurrency"])
         tally.full = worker.stop
         began = started(options)
         await worker.run()
-        return answer(tally.number, began, settings={"concurrency": options["concurrency"]})
+        return answer(tally.total(), began, settings={"concurrency": options["concurrency"]})
 
 
 def _work_in_threads(options: Options, tally: Tally) -> Answer:
@@ -176,7 +184,7 @@ def _work_in_threads(options: Options, tally: Tally) -> Answer:
         tally.full = worker.stop
         began = started(options)
         worker.run()
-        return answer(tally.number, began, settings=settings)
+        return answer(tally.total(), began, settings=settings)
 
 
 # -- from sender to handler --------------------------------------------------------------------------------------------
@@ -196,9 +204,11 @@ def latency(options: Options) -> Answer:
 
     command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(served)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
-        wait_for_worker(options["dsn"])
-        asyncio.run(run())
-        worker.send_signal(signal.SIGTERM)
+        try:
+            wait_for_worker(options["dsn"])
+            asyncio.run(run())
+        finally:
+            worker.terminate()
         done: Answer = json.loads(worker.communicate()[0])
     latencies = [period["max"] for period in done["periods"]]  # one in each
     return {"latencies_ms": latencies, "settings": {"pause_ms": options["pause_ms"], **done["settings"]}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -33,16 +33,20 @@ def measure(bench: Bench) -> Iterator[Figure]:
 def _drain(bench: Bench, processes: int) -> Answer:
     """Let so many processes empty a queue: from their common start to the last completion, by the server's clock."""
     count = bench.size(60_000, 1000)
-    with bench.database() as dsn, psycopg.connect(dsn, autocommit=True) as connection:
+    with (
+        bench.database() as dsn,
+        psycopg.connect(dsn, autocommit=True) as connection,
+        contextlib.ExitStack() as running,
+    ):
         stock.send(dsn, count)
         known = len(bench.log())
         at = time.monotonic() + _START_SECONDS
-        workers = [bench.start(ours("serve"), dsn, start_at=at) for _ in range(processes)]
+        workers = [running.enter_context(bench.running(ours("serve"), dsn, start_at=at)) for _ in range(processes)]
         time.sleep(_START_SECONDS)
         while connection.execute(_LEFT).rowcount:
             time.sleep(0.2)
         for worker in workers:
-            worker.send_signal(signal.SIGTERM)
+            worker.terminate()
         answers = [answer_of(worker) for worker in workers]
         began = min(each["began"] for each in answers) + time.time() - time.monotonic()
         ((ended,),) = connection.execute(_LAST).fetchall()

@@ -11,8 +11,10 @@ connected: starting an interpreter is not what is measured.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import re
+import signal
 import sys
 import threading
 import time
@@ -36,10 +38,12 @@ _SESSIONS = (
     " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
 )
 _LOOK_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
 def main(actions: Mapping[str, Action]) -> None:
-    """Do what the command line says."""
+    """Do what the command line says; not longer than the harness lives, whatever ends it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     action, text = sys.argv[1:]
     options: Options = {"payload": PAYLOAD, "tasks": 1, "concurrency": 100, **json.loads(text)}
     print(json.dumps(actions[action](options)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -36,18 +35,18 @@ def _drop(bench: Bench, count: int) -> Answer:
         stock.finish(dsn, count, ago=_LONG_AGO)
         stock.settle(dsn)
         stock.keep(dsn, _LONGER)  # or the worker would drop it as it starts
-        with bench.start(ours("serve", period_seconds=_PERIOD), dsn) as worker:
+        with bench.running(ours("serve", period_seconds=_PERIOD), dsn) as worker:
             wait_for_worker(dsn)
             stock.keep(dsn, _RETENTION)
             flow = ours("flow", tasks=16, rate=_RATE, seconds=2 * _BEFORE, period_seconds=_PERIOD)
             at = time.monotonic() + 1
-            with bench.start(flow, dsn, start_at=at) as sender:
+            with bench.running(flow, dsn, start_at=at) as sender:
                 time.sleep(1 + _BEFORE)
                 began = time.monotonic()
                 weeks = _weeks(dsn)
                 ended = time.monotonic()
                 sent = answer_of(sender)
-            worker.send_signal(signal.SIGTERM)
+            worker.terminate()
             handled = answer_of(worker)
     if not weeks:
         raise RuntimeError("no week was dropped: nothing was measured")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -43,14 +42,14 @@ def _run(bench: Bench, dsn: str, *, rate: float, seconds: float) -> tuple[Answer
     """Send and work for so long, and look at the sizes meanwhile."""
     period = seconds / 10
     samples = []
-    with bench.start(ours("serve", period_seconds=period), dsn) as worker:
+    with bench.running(ours("serve", period_seconds=period), dsn) as worker:
         wait_for_worker(dsn)
-        with bench.start(ours("flow", tasks=64, rate=rate, seconds=seconds), dsn) as sender:
+        with bench.running(ours("flow", tasks=64, rate=rate, seconds=seconds), dsn) as sender:
             while sender.poll() is None:
                 samples.append(_sample(dsn, worker))
                 time.sleep(seconds / 60)
             answer_of(sender)
-        worker.send_signal(signal.SIGTERM)
+        worker.terminate()
         served = answer_of(worker)
     return {**served, "handled": served["count"], "seconds": seconds}, samples
 

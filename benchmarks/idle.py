@@ -13,7 +13,7 @@ from pathlib import Path
 from psycopg.conninfo import conninfo_to_dict
 
 from benchmarks.harness import Bench, Figure, answer_of, at_most, ours
-from benchmarks.ours import wait_for_worker
+from benchmarks.ours import wait_for_workers
 from benchmarks.program import Answer
 
 _SETTLE_SECONDS = 5  # until its pauses are as long as they become
@@ -31,7 +31,7 @@ def _idle(bench: Bench, seconds: float) -> Answer:
     with bench.database() as dsn:
         bench.administer("alter database {} set log_statement = 'all'", str(conninfo_to_dict(dsn)["dbname"]))
         with bench.running(ours("serve"), dsn) as worker:
-            wait_for_worker(dsn)
+            wait_for_workers(dsn)
             time.sleep(bench.size(_SETTLE_SECONDS, 0))
             logged, used = len(bench.log()), _processor_seconds(worker.pid)
             time.sleep(seconds)

@@ -205,7 +205,7 @@ def latency(options: Options) -> Answer:
     command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(served)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
         try:
-            wait_for_worker(options["dsn"])
+            wait_for_workers(options["dsn"])
             asyncio.run(run())
         finally:
             worker.terminate()
@@ -214,10 +214,10 @@ def latency(options: Options) -> Answer:
     return {"latencies_ms": latencies, "settings": {"pause_ms": options["pause_ms"], **done["settings"]}}
 
 
-def wait_for_worker(dsn: str) -> None:
-    """Return when a worker has announced itself in this database, and has claimed for the first time."""
+def wait_for_workers(dsn: str, number: int = 1) -> None:
+    """Return when so many workers have announced themselves in this database, and have claimed for the first time."""
     with psycopg.connect(dsn, autocommit=True) as connection:
-        while not connection.execute("SELECT FROM commandbus.workers").rowcount:
+        while connection.execute("SELECT FROM commandbus.workers").rowcount < number:
             time.sleep(_LOOK_SECONDS)
     time.sleep(0.5)
 

@@ -12,6 +12,7 @@ import psycopg
 
 from benchmarks import stock
 from benchmarks.harness import Bench, Figure, answer_of, at_least, at_most, ours, rate
+from benchmarks.ours import wait_for_workers
 from benchmarks.program import Answer
 
 _START_SECONDS = 2.0
@@ -42,7 +43,7 @@ def _drain(bench: Bench, processes: int) -> Answer:
         known = len(bench.log())
         at = time.monotonic() + _START_SECONDS
         workers = [running.enter_context(bench.running(ours("serve"), dsn, start_at=at)) for _ in range(processes)]
-        time.sleep(_START_SECONDS)
+        wait_for_workers(dsn, processes)
         while connection.execute(_LEFT).rowcount:
             time.sleep(0.2)
         for worker in workers:

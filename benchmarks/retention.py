@@ -12,7 +12,7 @@ import psycopg
 
 from benchmarks import stock
 from benchmarks.harness import Bench, Figure, answer_of, at_most, ours
-from benchmarks.ours import wait_for_worker
+from benchmarks.ours import wait_for_workers
 from benchmarks.program import Answer
 
 _LONG_AGO, _RETENTION, _LONGER = timedelta(days=60), timedelta(days=30), timedelta(days=90)
@@ -36,7 +36,7 @@ def _drop(bench: Bench, count: int) -> Answer:
         stock.settle(dsn)
         stock.keep(dsn, _LONGER)  # or the worker would drop it as it starts
         with bench.running(ours("serve", period_seconds=_PERIOD), dsn) as worker:
-            wait_for_worker(dsn)
+            wait_for_workers(dsn)
             stock.keep(dsn, _RETENTION)
             flow = ours("flow", tasks=16, rate=_RATE, seconds=2 * _BEFORE, period_seconds=_PERIOD)
             at = time.monotonic() + 1

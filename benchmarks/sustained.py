@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import psycopg
 
 from benchmarks.harness import Bench, Figure, answer_of, at_most, ours
-from benchmarks.ours import wait_for_worker
+from benchmarks.ours import wait_for_workers
 from benchmarks.program import Answer, memory_mb
 
 _SHARE = 0.8
@@ -43,7 +43,7 @@ def _run(bench: Bench, dsn: str, *, rate: float, seconds: float) -> tuple[Answer
     period = seconds / 10
     samples = []
     with bench.running(ours("serve", period_seconds=period), dsn) as worker:
-        wait_for_worker(dsn)
+        wait_for_workers(dsn)
         with bench.running(ours("flow", tasks=64, rate=rate, seconds=seconds), dsn) as sender:
             while sender.poll() is None:
                 samples.append(_sample(dsn, worker))

@@ -34,7 +34,7 @@ Answer: TypeAlias = dict[str, Any]
 Action: TypeAlias = Callable[[Options], Answer]
 
 _SESSIONS = (
-    "SELECT count(*) FROM pg_stat_activity"
+    "SELECT pid, query LIKE '%send_v1%' FROM pg_stat_activity"
     " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
 )
 _LOOK_SECONDS = 0.1
@@ -62,9 +62,11 @@ def answer(count: int, began: float, **more: object) -> Answer:
 
 
 class Sessions:
-    """The most sessions that were seen at once."""
+    """The most sessions that were seen at once, and which of them sent commands."""
 
-    most = 0
+    def __init__(self) -> None:
+        self.most = 0
+        self.sending: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -77,8 +79,9 @@ def watching(dsn: str) -> Iterator[Sessions]:
             ending = False
             while not ending:
                 ending = over.wait(_LOOK_SECONDS)
-                ((sessions,),) = connection.execute(_SESSIONS).fetchall()
-                seen.most = max(seen.most, sessions)
+                sessions = connection.execute(_SESSIONS).fetchall()
+                seen.most = max(seen.most, len(sessions))
+                seen.sending.update(pid for pid, sends in sessions if sends)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -113,7 +116,7 @@ def send_in_threads(options: Options, sender: Callable[[], AbstractContextManage
         for thread in threads:
             thread.join()
         done = answer(len(latencies), began, latencies_ms=latencies, settings={"threads": options["tasks"]})
-    return {**done, "connections": seen.most}
+    return {**done, "connections": seen.most, "sending": len(seen.sending)}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

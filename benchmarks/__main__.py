@@ -79,7 +79,7 @@ def _row(figure: Figure) -> str:
     bar = "" if figure.bar is None else f"{figure.bar}: {'reached' if figure.reached else 'NOT REACHED'}"
     settings = ", ".join(f"{name} {value}" for name, value in figure.settings.items())
     value = f"{figure.value:,.0f}" if abs(figure.value) >= 100 else f"{figure.value:,.2f}"  # noqa: PLR2004
-    return f"{figure.name:32} {value:>10} {figure.unit:4} {ratio:48} {bar:32} n={len(figure.runs)}  {settings}"
+    return f"{figure.name:44} {value:>10} {figure.unit:4} {ratio:48} {bar:32} n={len(figure.runs)}  {settings}"
 
 
 if __name__ == "__main__":

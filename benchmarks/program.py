@@ -34,7 +34,7 @@ Answer: TypeAlias = dict[str, Any]
 Action: TypeAlias = Callable[[Options], Answer]
 
 _SESSIONS = (
-    "SELECT pid, query LIKE '%send_v1%' FROM pg_stat_activity"
+    "SELECT state = 'active' AND query LIKE '%send_v1%' FROM pg_stat_activity"
     " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
 )
 _LOOK_SECONDS = 0.1
@@ -62,11 +62,9 @@ def answer(count: int, began: float, **more: object) -> Answer:
 
 
 class Sessions:
-    """The most sessions that were seen at once, and which of them sent commands."""
+    """The most sessions that were seen at once, and the most that were sending commands at that moment."""
 
-    def __init__(self) -> None:
-        self.most = 0
-        self.sending: set[int] = set()
+    most = sending = 0
 
 
 @contextlib.contextmanager
@@ -81,7 +79,7 @@ def watching(dsn: str) -> Iterator[Sessions]:
                 ending = over.wait(_LOOK_SECONDS)
                 sessions = connection.execute(_SESSIONS).fetchall()
                 seen.most = max(seen.most, len(sessions))
-                seen.sending.update(pid for pid, sends in sessions if sends)
+                seen.sending = max(seen.sending, sum(bool(sends) for (sends,) in sessions))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -116,7 +114,7 @@ def send_in_threads(options: Options, sender: Callable[[], AbstractContextManage
         for thread in threads:
             thread.join()
         done = answer(len(latencies), began, latencies_ms=latencies, settings={"threads": options["tasks"]})
-    return {**done, "connections": seen.most, "sending": len(seen.sending)}
+    return {**done, "connections": seen.most, "sending": seen.sending}
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import signal
 import sys
 import time
 
@@ -38,6 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(NAMES):
         parser.error(f"there is no {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server and its folder go, too
     missed = 0
     with Bench(quick=arguments.quick, peers=arguments.peers) as bench:
         where = machine(bench.server.dsn(), bench.folder)

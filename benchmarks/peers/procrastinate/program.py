@@ -1,0 +1,135 @@
+"""The benchmark of procrastinate: psycopg, as it has no other driver; the jobs that succeeded are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from measure import Countdown, SingleSends, send_from_tasks, send_from_threads, send_when_asked, until_done
+from peer import Answer, Request, main
+from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
+
+UNFINISHED = "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
+FINISHED = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded'"  # its history
+CLEAR = "TRUNCATE procrastinate_jobs, procrastinate_workers CASCADE"
+
+# Best first.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "send async": [{"uvloop": True, "pool": size} for size in (10, 4, 20, 64)],
+    "send blocking": [{"pool": size} for size in (4, 2, 16, 64)],
+    "batch": [{"uvloop": True, "pool": 1, "batch": size} for size in (1000, 200, 5000, 20000)],
+    "drain": [
+        {"uvloop": uvloop, "pool": pool, "concurrency": concurrency}
+        for uvloop, pool, concurrency in ((True, 10, 20), (True, 4, 10), (True, 20, 50), (True, 4, 4), (False, 10, 20))
+    ],
+    "latency": [{"uvloop": True, "pool": 4, "concurrency": 10}, {"uvloop": True, "pool": 4, "concurrency": 1}],
+    "send-when-asked": [{"uvloop": True, "pool": 1}],
+}
+
+
+@contextlib.asynccontextmanager
+async def _opened(request: Request) -> AsyncIterator[App]:
+    size = request.settings.get("pool", 1)
+    app = App(connector=PsycopgConnector(conninfo=request.dsn, min_size=size, max_size=size))
+    async with app.open_async():
+        yield app
+
+
+@contextlib.asynccontextmanager
+async def _working(app: App, request: Request) -> AsyncIterator[asyncio.Task[None]]:
+    concurrency = request.settings["concurrency"]
+    work = app.run_worker_async(concurrency=concurrency, install_signal_handlers=False, delete_jobs="never")
+    worker = asyncio.create_task(work)
+    yield worker
+    worker.cancel()
+    await asyncio.wait({worker})
+
+
+async def setup(request: Request) -> Answer:
+    async with _opened(request) as app:
+        await app.schema_manager.apply_schema_async()
+    return {"ok": True}
+
+
+async def send(request: Request) -> Answer:
+    request.run_sql(CLEAR)
+    if request.mode == "blocking":
+        return _send_blocking(request)
+    async with _opened(request) as app:
+        noop = app.configure_task("noop")
+        return await send_from_tasks(request, lambda _: noop.defer_async(**request.payload))
+
+
+def _send_blocking(request: Request) -> Answer:
+    size = min(request.tasks, request.settings["pool"])
+    app = App(connector=SyncPsycopgConnector(conninfo=request.dsn, min_size=size, max_size=size))
+    with app.open():
+        noop = app.configure_task("noop")
+        return send_from_threads(request, lambda _: noop.defer(**request.payload))
+
+
+async def batch(request: Request) -> Answer:
+    request.run_sql(CLEAR)
+    size = request.settings.get("batch", 1000)
+    async with _opened(request) as app:
+        noop = app.configure_task("noop")
+        began = time.perf_counter()
+        for start in range(0, request.count, size):
+            await noop.batch_defer_async(*[request.payload] * min(size, request.count - start))
+        return {"seconds": time.perf_counter() - began}
+
+
+async def drain(request: Request) -> Answer:
+    if request.fill:
+        await batch(request)
+        request.run_sql("VACUUM ANALYZE")
+    async with _opened(request) as app:
+        countdown = Countdown(request.count)
+
+        @app.task(name="noop")
+        async def noop(**_payload: object) -> None:
+            countdown()
+
+        began = time.perf_counter()
+        async with _working(app, request) as worker:
+            await countdown.wait(worker)
+            return await until_done(request, began, UNFINISHED, FINISHED)
+
+
+async def latency(request: Request) -> Answer:
+    request.run_sql(CLEAR)
+    async with _opened(request) as app:
+        sends = SingleSends(request)
+
+        @app.task(name="noop")
+        async def noop(sent: int, **_payload: object) -> None:
+            sends.handled(sent)
+
+        async with _working(app, request) as worker:
+            return await sends.latencies(worker)
+
+
+async def sender(request: Request) -> Answer:
+    async with _opened(request) as app:
+        noop = app.configure_task("noop")
+        return await send_when_asked(request, lambda body: noop.defer_async(**body))
+
+
+if __name__ == "__main__":
+    logging.getLogger("procrastinate").setLevel(logging.ERROR)  # it warns of an App in the main module
+    main(
+        {
+            "setup": setup,
+            "send": send,
+            "batch": batch,
+            "drain": drain,
+            "latency": latency,
+            "send-when-asked": sender,
+            "call": "it keeps no results",
+        },
+        SETTINGS,
+    )

@@ -23,16 +23,23 @@ UNFINISHED = "SELECT count(*) FROM pgqueuer"
 FINISHED = "SELECT count(*) FROM pgqueuer_log WHERE status = 'successful'"  # its history
 CLEAR = "TRUNCATE pgqueuer, pgqueuer_log, pgqueuer_statistics"
 
-# Best first. `pool` is the size of asyncpg's pool; 0 is one connection, of which all tasks take turns. `dequeue` is
-# its batch_size, which is how many jobs it takes at once and how many ends it writes at once.
+# Best first. `pool` is the size of asyncpg's pool; 0 is one connection, of which all tasks take turns. `lean` leaves
+# out the pool's reset after each use. `dequeue` is its batch_size: how many jobs it takes, and ends it writes, at once.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "send async": [{"uvloop": True, "pool": size} for size in (4, 10, 20, 64, 0)],
+    "send async": [
+        {"uvloop": True, "pool": pool, "lean": lean}
+        for pool, lean in ((4, True), (4, False), (2, True), (10, True), (64, True), (0, True))
+    ],
     "send blocking": [{"connections": number} for number in (4, 1, 2, 16, 64)],  # that the threads share
     "batch": [{"uvloop": True, "pool": 0, "batch": size} for size in (5000, 1000, 20000, 100_000)],
     "drain": [
-        {"uvloop": True, "pool": pool, "dequeue": dequeue} for pool in (4, 0) for dequeue in (1000, 200, 500, 2000)
+        {"uvloop": True, "pool": pool, "lean": True, "dequeue": dequeue}
+        for pool in (4, 0)
+        for dequeue in (1000, 200, 500, 2000)
     ],
-    "latency": [{"uvloop": True, "pool": pool, "dequeue": dequeue} for pool in (0, 4) for dequeue in (1, 10)],
+    "latency": [
+        {"uvloop": True, "pool": pool, "lean": True, "dequeue": dequeue} for pool in (0, 4) for dequeue in (1, 10)
+    ],
     "send-when-asked": [{"uvloop": True, "pool": 0}],
 }
 
@@ -43,11 +50,16 @@ def _arguments(dsn: str) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in conninfo_to_dict(dsn).items()}
 
 
+async def _keep(_connection: asyncpg.Connection) -> None:
+    """Take the place of asyncpg's reset: pgqueuer changes nothing in a session but what it listens to."""
+
+
 @contextlib.asynccontextmanager
 async def _pgqueuer(request: Request) -> AsyncIterator[PgQueuer]:
     arguments = _arguments(request.dsn)
     if size := request.settings.get("pool", 0):
-        async with asyncpg.create_pool(**arguments, min_size=size, max_size=size) as pool:
+        reset = _keep if request.settings.get("lean") else None
+        async with asyncpg.create_pool(**arguments, min_size=size, max_size=size, reset=reset) as pool:
             yield PgQueuer.from_asyncpg_pool(pool)
     else:
         connection = await asyncpg.connect(**arguments)

@@ -12,31 +12,56 @@ from typing import Any
 from measure import Countdown, SingleSends, send_from_tasks, send_from_threads, send_when_asked, until_done
 from peer import Answer, Request, main
 from procrastinate import App, PsycopgConnector, SyncPsycopgConnector
+from psycopg import AsyncConnection, Connection
+from psycopg_pool import AsyncConnectionPool, ConnectionPool
 
 UNFINISHED = "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
 FINISHED = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded'"  # its history
 CLEAR = "TRUNCATE procrastinate_jobs, procrastinate_workers CASCADE"
 
-# Best first.
+# Best first. `lean` is a pool of ours instead of its own: without a check of the connection before each statement, and
+# without BEGIN and COMMIT around it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "send async": [{"uvloop": True, "pool": size} for size in (10, 4, 20, 64)],
-    "send blocking": [{"pool": size} for size in (4, 2, 16, 64)],
-    "batch": [{"uvloop": True, "pool": 1, "batch": size} for size in (1000, 200, 5000, 20000)],
-    "drain": [
-        {"uvloop": uvloop, "pool": pool, "concurrency": concurrency}
-        for uvloop, pool, concurrency in ((True, 10, 20), (True, 4, 10), (True, 20, 50), (True, 4, 4), (False, 10, 20))
+    "send async": [
+        {"uvloop": True, "pool": pool, "lean": lean}
+        for pool, lean in ((4, True), (4, False), (2, True), (10, True), (64, True))
     ],
-    "latency": [{"uvloop": True, "pool": 4, "concurrency": 10}, {"uvloop": True, "pool": 4, "concurrency": 1}],
-    "send-when-asked": [{"uvloop": True, "pool": 1}],
+    "send blocking": [
+        {"pool": pool, "lean": lean} for pool, lean in ((4, True), (4, False), (2, True), (16, True), (64, True))
+    ],
+    "batch": [{"uvloop": True, "pool": 1, "lean": True, "batch": size} for size in (1000, 200, 5000, 20000)],
+    "drain": [
+        {"uvloop": True, "pool": pool, "lean": lean, "concurrency": concurrency}
+        for pool, lean, concurrency in ((4, True, 10), (4, False, 10), (10, True, 20), (20, True, 50), (4, True, 4))
+    ],
+    "latency": [{"uvloop": True, "pool": 4, "lean": True, "concurrency": number} for number in (10, 1)],
+    "send-when-asked": [{"uvloop": True, "pool": 1, "lean": True}],
 }
+
+
+async def _autocommit(connection: AsyncConnection[Any]) -> None:
+    await connection.set_autocommit(True)
+
+
+def _autocommit_blocking(connection: Connection[Any]) -> None:
+    connection.autocommit = True
+
+
+def _pool_arguments(request: Request) -> dict[str, Any]:
+    size = min(request.settings.get("pool", 1), request.tasks if request.mode == "blocking" else 64)
+    return {"conninfo": request.dsn, "min_size": size, "max_size": size}
 
 
 @contextlib.asynccontextmanager
 async def _opened(request: Request) -> AsyncIterator[App]:
-    size = request.settings.get("pool", 1)
-    app = App(connector=PsycopgConnector(conninfo=request.dsn, min_size=size, max_size=size))
-    async with app.open_async():
-        yield app
+    arguments = _pool_arguments(request)
+    app = App(connector=PsycopgConnector(**arguments))
+    if request.settings.get("lean"):
+        async with AsyncConnectionPool(**arguments, configure=_autocommit, open=False) as pool, app.open_async(pool):
+            yield app
+    else:
+        async with app.open_async():
+            yield app
 
 
 @contextlib.asynccontextmanager
@@ -65,9 +90,11 @@ async def send(request: Request) -> Answer:
 
 
 def _send_blocking(request: Request) -> Answer:
-    size = min(request.tasks, request.settings["pool"])
-    app = App(connector=SyncPsycopgConnector(conninfo=request.dsn, min_size=size, max_size=size))
-    with app.open():
+    arguments = _pool_arguments(request)
+    app = App(connector=SyncPsycopgConnector(**arguments))
+    lean = request.settings.get("lean")
+    pooled = ConnectionPool(**arguments, configure=_autocommit_blocking) if lean else contextlib.nullcontext()
+    with pooled as pool, app.open(pool):
         noop = app.configure_task("noop")
         return send_from_threads(request, lambda _: noop.defer(**request.payload))
 

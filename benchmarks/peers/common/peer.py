@@ -1,7 +1,7 @@
 """The command line of a Python peer's program: `program.py ACTION JSON` prints one JSON object on one line.
 
-Every action begins with empty tables, except `drain` without `fill`: it takes what a `batch` before it left.
-The database belongs to the peer alone while it runs.
+`setup` wants an empty database, which is the peer's alone from then on. Every other action begins with empty
+tables, except `drain` without `fill`: it takes what a `batch` before it left.
 """
 
 from __future__ import annotations

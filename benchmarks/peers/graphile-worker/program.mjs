@@ -4,6 +4,7 @@
 // node program.mjs ACTION JSON prints one JSON object on one line. PEER_HOME is the folder of node_modules.
 
 import { spawn } from "node:child_process";
+import { once } from "node:events";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -22,9 +23,9 @@ const JOBS = "graphile_worker._private_jobs";
 const worker = (concurrency, queue, pool = 10) => ({ concurrency, queue, pool, completeDelay: 0 });
 const SETTINGS = {
   "send async": [4, 10, 20, 64].map((pool) => ({ pool })),
-  batch: [5000, 1000, 20000, 100000].map((batch) => ({ batch, pool: 2 })),
-  drain: [worker(24, 500), worker(10, 500), worker(100, 500), worker(24, 2000), worker(100, 2000), worker(24, 100)],
-  latency: [worker(1, -1), worker(10, -1), worker(10, 500)],
+  batch: [20000, 5000, 1000, 100000].map((batch) => ({ batch, pool: 2 })),
+  drain: [worker(100, 500), worker(24, 500), worker(10, 500), worker(24, 2000), worker(100, 2000), worker(24, 100)],
+  latency: [worker(10, -1), worker(1, -1), worker(10, 500)],
   "send-when-asked": [{ pool: 1 }],
 };
 
@@ -129,6 +130,7 @@ async function latency(request, utils, pgPool) {
     sender.stdin.write("\n");
     await promise;
     sender.stdin.end();
+    await once(sender, "exit");
     return { latencies_ms: latencies.slice(WARM_UP) };
   });
 }
@@ -146,14 +148,22 @@ async function measured(action, request) {
   const watch = new pg.Client({ ...connection(request.dsn), application_name: "benchmark" });
   await watch.connect();
   let most = 0;
+  let left = false;
   const query = `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
     AND backend_type = 'client backend' AND application_name <> 'benchmark'`;
-  const timer = setInterval(async () => (most = Math.max(most, await number(watch, query))), SAMPLE_MS);
+  const look = async () => {
+    for (let pause = SAMPLE_MS / 64; !left; pause = Math.min(2 * pause, SAMPLE_MS)) {
+      await sleep(pause); // short at first: short runs are seen too
+      most = Math.max(most, await number(watch, query));
+    }
+  };
+  const looking = look();
   try {
     const answer = await withPool(request, (utils, pgPool) => action(request, utils, pgPool));
     return { count: request.count, ...answer, connections: most, settings: request.settings };
   } finally {
-    clearInterval(timer);
+    left = true;
+    await looking;
     await watch.end();
   }
 }

@@ -28,14 +28,14 @@ CLEAR = "TRUNCATE pgqueuer, pgqueuer_log, pgqueuer_statistics"
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "send async": [
         {"uvloop": True, "pool": pool, "lean": lean}
-        for pool, lean in ((4, True), (4, False), (2, True), (10, True), (64, True), (0, True))
+        for pool, lean in ((2, True), (4, True), (4, False), (10, True), (64, True), (0, True))
     ],
-    "send blocking": [{"connections": number} for number in (4, 1, 2, 16, 64)],  # that the threads share
+    "send blocking": [{"connections": number} for number in (2, 1, 4, 16, 64)],  # that the threads share
     "batch": [{"uvloop": True, "pool": 0, "batch": size} for size in (5000, 1000, 20000, 100_000)],
     "drain": [
         {"uvloop": True, "pool": pool, "lean": True, "dequeue": dequeue}
         for pool in (4, 0)
-        for dequeue in (1000, 200, 500, 2000)
+        for dequeue in (500, 200, 1000, 2000)
     ],
     "latency": [
         {"uvloop": True, "pool": pool, "lean": True, "dequeue": dequeue} for pool in (0, 4) for dequeue in (1, 10)

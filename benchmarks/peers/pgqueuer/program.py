@@ -69,6 +69,16 @@ async def _pgqueuer(request: Request) -> AsyncIterator[PgQueuer]:
             await connection.close()
 
 
+@contextlib.asynccontextmanager
+async def _working(pgq: PgQueuer, request: Request) -> AsyncIterator[asyncio.Task[None]]:
+    worker = asyncio.create_task(pgq.run(batch_size=request.settings["dequeue"]))
+    try:
+        yield worker
+    finally:
+        pgq.shutdown.set()
+        await asyncio.wait({worker})
+
+
 def _body(request: Request) -> bytes:
     return json.dumps(request.payload).encode()
 
@@ -122,12 +132,9 @@ async def drain(request: Request) -> Answer:
             countdown()
 
         began = time.perf_counter()
-        worker = asyncio.create_task(pgq.run(batch_size=request.settings["dequeue"]))
-        await countdown.wait(worker)
-        answer = await until_done(request, began, UNFINISHED, FINISHED)
-        pgq.shutdown.set()
-        await worker
-    return answer
+        async with _working(pgq, request) as worker:
+            await countdown.wait(worker)
+            return await until_done(request, began, UNFINISHED, FINISHED)
 
 
 async def latency(request: Request) -> Answer:
@@ -139,11 +146,8 @@ async def latency(request: Request) -> Answer:
         async def noop(job: Job) -> None:
             sends.handled(json.loads(job.payload or b"{}")["sent"])
 
-        worker = asyncio.create_task(pgq.run(batch_size=request.settings["dequeue"]))
-        answer = await sends.latencies(worker)
-        pgq.shutdown.set()
-        await worker
-    return answer
+        async with _working(pgq, request) as worker:
+            return await sends.latencies(worker)
 
 
 async def sender(request: Request) -> Answer:

@@ -69,9 +69,11 @@ async def _working(app: App, request: Request) -> AsyncIterator[asyncio.Task[Non
     concurrency = request.settings["concurrency"]
     work = app.run_worker_async(concurrency=concurrency, install_signal_handlers=False, delete_jobs="never")
     worker = asyncio.create_task(work)
-    yield worker
-    worker.cancel()
-    await asyncio.wait({worker})
+    try:
+        yield worker
+    finally:
+        worker.cancel()
+        await asyncio.wait({worker})
 
 
 async def setup(request: Request) -> Answer:

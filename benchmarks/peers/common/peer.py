@@ -107,7 +107,7 @@ def _search(action: Action, requests: Sequence[Request]) -> Answer:
 def main(actions: Mapping[str, Action | str], settings: Mapping[str, Sequence[Settings]]) -> None:
     """Run the action; a text instead of one says why the peer has none.
 
-    `settings` has those to try, best first, by action; for `send` by `send async` and `send blocking`. The
+    `settings` has those to try, preferred first, by action; for `send` by `send async` and `send blocking`. The
     first are taken, `search` tries all and answers with the best, `settings` in the request names others.
     """
     name, wanted = sys.argv[1], json.loads(sys.argv[2])

@@ -19,7 +19,8 @@ const SAMPLE_MS = 100;
 const SEARCH_ROUNDS = 3;
 const JOBS = "graphile_worker._private_jobs";
 
-// Best first. `queue` is the size of the local queue, which wants to be larger than `concurrency`.
+// Preferred first, by searches on a busy machine, so with little weight: `search` on a quiet one decides.
+// `queue` is the size of the local queue, which wants to be larger than `concurrency`.
 const worker = (concurrency, queue, pool = 10) => ({ concurrency, queue, pool, completeDelay: 0 });
 const SETTINGS = {
   "send async": [4, 10, 20, 64].map((pool) => ({ pool })),

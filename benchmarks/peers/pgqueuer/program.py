@@ -23,7 +23,8 @@ UNFINISHED = "SELECT count(*) FROM pgqueuer"
 FINISHED = "SELECT count(*) FROM pgqueuer_log WHERE status = 'successful'"  # its history
 CLEAR = "TRUNCATE pgqueuer, pgqueuer_log, pgqueuer_statistics"
 
-# Best first. `pool` is the size of asyncpg's pool; 0 is one connection, of which all tasks take turns. `lean` leaves
+# Preferred first, by searches on a busy machine, so with little weight: `search` on a quiet one decides.
+# `pool` is the size of asyncpg's pool; 0 is one connection, of which all tasks take turns. `lean` leaves
 # out the pool's reset after each use. `dequeue` is its batch_size: how many jobs it takes, and ends it writes, at once.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "send async": [

@@ -114,5 +114,7 @@ def check(db: Db) -> list[Found]:
     found = [Found(name, str(row[0])) for name, query in CHECKS.items() for row in db.execute(query.encode())]
     found += [Found(f"verify: {row[0]}", f"{row[1]}: {row[2]}") for row in db.execute(
         "SELECT violation, command_id, detail FROM commandbus.verify_v1()")]  # fmt: skip
-    found += [Found(str(row[0]), str(row[1])) for row in db.execute("SELECT violation, detail FROM chaos.blame")]
+    found += [Found(str(row[0]), str(row[1])) for row in db.execute(
+        "SELECT violation, detail FROM chaos.blame UNION ALL"
+        " SELECT verb, who || ': ' || outcome FROM chaos.note WHERE what = 'blame'")]  # fmt: skip
     return found

@@ -25,12 +25,12 @@ from tests.chaos.sender import BEGIN
 from tests.faults.proxy import Proxy
 from tests.sql.mutants import MUTANTS
 
-SETTLE_SECONDS = 60.0
+SETTLE_SECONDS = 300.0
 """After the faults: how long at most nothing may be sent or finished while there is something left to do."""
 
 _START_SECONDS = 120.0  # a few where nothing else runs
-_STOP_SECONDS = 60.0
-_GONE_SECONDS = 15.0  # from the end of the processes until no session of theirs is left
+_STOP_SECONDS = 300.0
+_GONE_SECONDS = 60.0  # from the end of the processes until no session of theirs is left
 _LOOK = 0.1
 _SAY_EVERY = 5.0
 _AT_ONCE = 16  # faults

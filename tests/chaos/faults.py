@@ -73,9 +73,10 @@ def _terminate(scene: Scene, fault: Fault) -> int | None:
 
 
 def _freeze(scene: Scene, fault: Fault) -> int | None:
+    pid = scene.fleet.workers[fault.victim].pid
     with _frozen([scene.proxies[1 + fault.victim]]):
         time.sleep(fault.seconds)
-    return scene.fleet.workers[fault.victim].pid
+    return pid
 
 
 def _freeze_all(scene: Scene, fault: Fault) -> int | None:

@@ -113,11 +113,14 @@ class Fleet:
         self._thread = threading.Thread(target=self._supervise, name="supervisor")
 
     def _supervise(self) -> None:
-        while not self._closing.wait(_LOOK):
-            for worker in self.workers:
-                self._look_after(worker, done=False)
-            for sender in self.senders:
-                self._look_after(sender, done=sender.ended() == 0)
+        try:
+            while not self._closing.wait(_LOOK):
+                for worker in self.workers:
+                    self._look_after(worker, done=False)
+                for sender in self.senders:
+                    self._look_after(sender, done=sender.ended() == 0)
+        except Exception as error:  # noqa: BLE001 - nobody would start the others again, and nobody would say so
+            self._blame("supervisor_ended", repr(error))
 
     def _look_after(self, member: WorkerMember | SenderMember, *, done: bool) -> None:
         code = member.ended()

@@ -71,6 +71,7 @@ def figures(db: Db, plan: Plan, found: list[Found], seconds: float) -> dict[str,
         "noticed_seconds": _summary(column(_NOTICED), TAKEOVER_SECONDS),
         "restart_to_first_claim_seconds": _summary(column(_RESTARTS), RESTART_SECONDS),
         "duration_seconds": round(seconds, 1),
+        "violations_by_name": dict(sorted(Counter(each.violation for each in found).items())),
         "violations": len(found),
     }  # fmt: skip
 

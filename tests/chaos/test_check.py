@@ -202,4 +202,5 @@ def test_an_innocent_whose_worker_was_too_slow_to_renew_is_none(sound: Connectio
 def test_what_verify_finds_and_what_was_seen_on_the_way_is_told_too(sound: Connection) -> None:
     sound.execute("UPDATE commandbus.command_history SET crashes = 1")
     records.keep_blame(sound, [("worker_exited", "worker-1 ended with 1")])
-    assert violations(sound) == {"verify: wrong_crashes", "worker_exited"}
+    note(sound, "blame", "operator-1", STRANGER, verb="operator_error", outcome="ValueError: no")
+    assert violations(sound) == {"verify: wrong_crashes", "worker_exited", "operator_error"}

@@ -72,12 +72,15 @@ def test_only_functions_write_and_migrations_keep_their_books(tmp_path: Path) ->
         "src/commandbus/migrate.py": "a = 'insert into commandbus.migration values (1)'\n",
         "src/commandbus/bus.py": "a = 1\nb = 'insert into commandbus.migration values (1)'\n",
         "examples/ledger/app.py": "a = 'insert into account values (1)'\n",
+        "benchmarks/stock.py": "a = 'insert into commandbus.command_history values (1)'\n",
+        "benchmarks/drain.py": "a = 'delete from commandbus.command_history'\n",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
 
     assert list(writes(tmp_path)) == [
+        Write(Path("benchmarks/drain.py"), 1, "delete from commandbus.command_history"),
         Write(Path("src/commandbus/bus.py"), 2, "insert into commandbus.migration"),
         Write(Path("src/commandbus/sql/migrations/0001.sql"), 3, "delete from command"),
     ]

@@ -131,7 +131,7 @@ class Claimer:
                 continue
             work = await self._work(lane, free, outcomes)
             found += len(work.commands) + len(outcomes)
-            if work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
+            if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
                 found += await self._run_alone(lane)
         return found
 
@@ -141,7 +141,7 @@ class Claimer:
         The same call records these completions.
         """
         asked_at = time.monotonic()
-        scan = asked_at >= lane.scan_at
+        scan = limit > 0 and asked_at >= lane.scan_at
         segments = lane.trail.whole() if scan else lane.trail.rest()
         completions = [item(outcome) for outcome in outcomes]
         call = _calls.work(lane.domain, segments, limit, self._worker, self._lease, completions=completions, sweep=scan)
@@ -168,7 +168,7 @@ class Claimer:
         """
         with self._carrying(carried=False):
             idle = await self._idle_within(self._patience)
-        if not idle:
+        if not idle or lane.free() <= 0:
             self._alone_at = time.monotonic() + self._patience
             self._patience *= 2
             return 0

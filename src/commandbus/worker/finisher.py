@@ -73,7 +73,7 @@ class Finisher:
         return taken
 
     def give_back(self, outcomes: list[Outcome]) -> None:
-        """Take back what could not be recorded along with a claim: it may be one that PostgreSQL refuses."""
+        """Take back what could not be recorded, and carry it no more: nothing might wake the claimer for it."""
         self._waiting += outcomes
         self._arrived.set()
 
@@ -86,7 +86,7 @@ class Finisher:
                 case "done":
                     over.append(lease)
                 case "busy":
-                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.put, lease, ending)
+                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.give_back, [(lease, ending)])
                 case _:
                     over.append(self._lost(lease))
         self._let_go(over)
@@ -160,8 +160,7 @@ class Finisher:
             "%d outcomes could not be recorded, again in %.1f s: %s", len(outcomes), self._pause, brief(error)
         )
         await asyncio.sleep(self._pause)
-        for lease, ending in outcomes:
-            self.put(lease, ending)
+        self.give_back(outcomes)
 
     def _lost(self, lease: Lease) -> Lease:
         logger.warning(

@@ -92,7 +92,8 @@ class Runner:
         loop = asyncio.get_running_loop()
         for lease in leases:
             lease.task = loop.create_task(self._run(lease))
-            self._tasks.add(lease.task)
+            if not lease.task.done():  # an eager one may be
+                self._tasks.add(lease.task)
 
     def give_back(self, lease: Lease) -> None:
         """Release this lease, whose handler has not started."""
@@ -106,6 +107,7 @@ class Runner:
 
     async def give_up(self) -> None:
         """Stop waiting: cancel the async handlers, tell the blocking ones; their leases are released."""
+        await asyncio.sleep(0)  # a task that is cancelled before its first step would never tell of its end
         for task in list(self._tasks):
             task.cancel()
         await self.wait(CALL_SECONDS)

@@ -149,8 +149,7 @@ def listen() -> Call[None]:
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """One command that was leased; `data` is still text, so that one that cannot be read harms no other."""
 
     domain: str
@@ -173,54 +172,64 @@ class Claimed:
         """Decode the data. Raises `ValueError` or `RecursionError`: PostgreSQL stores what Python cannot read."""
         return Command(
             self.domain, self.command_id, self.command_type, CommandStatus.IN_PROGRESS, json.loads(self.data),
-            json.loads(self.headers), self.correlation_id, self.reply_to, self.priority, self.max_attempts,
-            self.attempts, self.crashes, self.delivery, None, None, worker, self.sent_at,
+            {} if self.headers == "{}" else json.loads(self.headers), self.correlation_id, self.reply_to, self.priority,
+            self.max_attempts, self.attempts, self.crashes, self.delivery, None, None, worker, self.sent_at,
             None, None, None, None, None, None,
         )  # fmt: skip
 
 
+Answers: TypeAlias = dict[UUID, str]
+"""done, busy, and lost or changed, by command id."""
+
+
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """What a claim brought. `next_due`: when the next SCHEDULED command is due, counted from now."""
+class Work:
+    """What a round of a worker brought: commands, and which completions were `undone`, busy or lost.
+
+    `next_due`: when the next SCHEDULED command is due, counted from now.
+    """
 
     commands: list[Claimed]
     next_due: timedelta | None
     alone_waiting: bool
+    undone: Answers
 
 
 Segment: TypeAlias = tuple[str, int, int]
 """A command type and the places after the first number, up to the second."""
 
 
-def claim(
+def work(
     domain: str,
     segments: Sequence[Segment],
     limit: int,
     worker: str,
     lease: timedelta,
     *,
+    completions: Sequence[str] = (),
     sweep: bool = False,
     alone: bool = False,
-) -> Call[Claim]:
-    """Lease up to `limit` commands; see `claim_v1`."""
+) -> Call[Work]:
+    """Record these completions, then lease up to `limit` commands; see `work_v1`."""
 
-    def read(rows: list[Row]) -> Claim:
-        *found, (*_, next_due, alone_waiting) = rows
-        return Claim(
-            [Claimed(domain, *row[:-2]) for row in found],
+    def read(rows: list[Row]) -> Work:
+        *found, (*_, next_due, alone_waiting, _) = rows
+        undone = sum(row[-1] is not None for row in found)
+        return Work(
+            [Claimed._make((domain, *row[:-3])) for row in found[undone:]],
             None if next_due is None else timedelta(seconds=next_due),
             alone_waiting,
+            {row[0]: row[-1] for row in found[:undone]},
         )
 
     return Call(
-        "SELECT * FROM commandbus.claim_v1(%s, %s, %s, %s, %s, %s, %s)",
-        (domain, json.dumps(segments), limit, worker, lease.total_seconds(), sweep, alone),
+        "SELECT * FROM commandbus.work_v1(%s, %s, %s, %s, %s, %s, %s, %s)",
+        (
+            domain, f"[{','.join(completions)}]", json.dumps(segments), limit, worker, lease.total_seconds(), sweep,
+            alone,
+        ),
         read,
-    )
-
-
-Answers: TypeAlias = dict[UUID, str]
-"""done, busy, and lost or changed, by command id."""
+    )  # fmt: skip
 
 
 def _lease_call(name: str, domain: str, items: Sequence[str], *more: object) -> Call[Answers]:

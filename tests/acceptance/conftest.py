@@ -45,7 +45,7 @@ def park(cli: CommandLine, db: psycopg.Connection) -> Park:
     def park(data: str = "{}", *, message: str = "none left", code: str = "NO_STOCK", details: object = None) -> str:
         command_id = cli.send("shop", "Buy", data)
         (claimed,) = run(
-            _calls.claim("shop", [("Buy", -1, _calls.LAST_PLACE)], 1, "tester", timedelta(seconds=60))
+            _calls.work("shop", [("Buy", -1, _calls.LAST_PLACE)], 1, "tester", timedelta(seconds=60))
         ).commands
         error = json.dumps({"code": code, "message": message, "details": details})
         more = f',"kind":"PERMANENT","error":{error},"retry_in":0,"max_attempts":4'

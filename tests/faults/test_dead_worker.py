@@ -10,6 +10,8 @@ import pytest
 from commandbus import CommandBus
 from commandbus._calls import Claimed
 from commandbus.worker.claimer import Claimer, Lane
+from commandbus.worker.finisher import Finisher
+from commandbus.worker.leases import Leases
 from tests.bus.support import DOMAIN, Connection, lease
 
 LEASE = timedelta(seconds=60)
@@ -26,6 +28,8 @@ async def test_a_lease_that_ran_out_is_looked_for_every_sixth_of_a_lease(
         claimer = Claimer(
             bus.database,
             [lane],
+            Finisher(bus.database, Leases("living", LEASE), lambda: None),
+            most=1,
             worker="living",
             lease=LEASE,
             start=lambda commands, _: found.extend(commands),

@@ -93,16 +93,26 @@ def item(leased: Row, **more: object) -> Row:
 _LEASE_VERBS = {
     "renew": "SELECT command_id::text, outcome FROM commandbus.renew_v1(%s, %s, 60)",
     "complete": "SELECT command_id::text, outcome FROM commandbus.complete_v1(%s, %s)",
+    "work": """
+        WITH given AS (SELECT %s AS domain, %s AS items), undone AS (
+            SELECT w.command_id, w.outcome
+            FROM given g, commandbus.work_v1(g.domain, g.items, '[]', 0, 'w', 60) w WHERE w.command_id IS NOT NULL)
+        SELECT i ->> 'command_id', coalesce(u.outcome, 'done')
+        FROM given g, json_array_elements(g.items::json) i
+        LEFT JOIN undone u ON u.command_id::text = i ->> 'command_id'""",
     "fail": "SELECT command_id::text, outcome FROM commandbus.fail_v1(%s, %s)",
     "release": "SELECT command_id::text, outcome FROM commandbus.release_v1(%s, %s)",
 }
 FAILURE = {"error": {"code": "X", "message": "m"}, "retry_in": HOUR, "max_attempts": 4}
 KINDS = ("TRANSIENT", "PERMANENT", "BUSINESS")
-LEASE_VERBS = ("renew", "complete", *(f"fail {kind}" for kind in KINDS), "release")
+LEASE_VERBS = ("renew", "complete", "work", *(f"fail {kind}" for kind in KINDS), "release")
 
 
 def lease_verb(db: Connection, verb: str, *items: Row, domain: str = "d") -> list[tuple[str, str]]:
-    """Call `renew`, `complete`, `fail TRANSIENT` ..., `release`; returns the answer, ordered by id."""
+    """Call `renew`, `complete`, `work`, `fail TRANSIENT` ..., `release`; returns the answer, ordered by id.
+
+    `work` completes, and then claims; here nothing.
+    """
     name, _, kind = verb.partition(" ")
     more: Row = {**FAILURE, "kind": kind} if kind else {}
     found = db.execute(_LEASE_VERBS[name], [domain, json.dumps([more | one for one in items])])

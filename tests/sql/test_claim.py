@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 
+import psycopg
 import pytest
+from psycopg.rows import dict_row
 
 from tests.sql.support import (
     EVERYWHERE,
@@ -26,6 +28,7 @@ from tests.sql.support import (
     send_ids,
     shift,
     start_waiting,
+    status_of,
     sweep,
 )
 
@@ -269,6 +272,29 @@ def test_what_a_claim_answers(db: Connection) -> None:
     send_row = '[{"domain": "d", "command_type": "A", "data": 1e5000}]'
     db.execute("SELECT * FROM commandbus.send_v1(%s)", [send_row])
     assert len(claim(db)[0]["data"]) == 5001
+
+
+def test_a_round_says_what_is_undone_and_then_what_it_claims(db: Connection) -> None:
+    send_ids(db, 4)
+    finished, stale = claim(db, 2)
+    items = json.dumps([item(finished, result=1), item(stale, delivery=9, result=2)])
+    sql = "SELECT * FROM commandbus.work_v1('d', %s, %s, 10, 'w2', 60)"
+    undone, *claimed, last = db.cursor(row_factory=dict_row).execute(sql, [items, segments("A")]).fetchall()
+    assert {name for name, value in undone.items() if value is not None} == {"command_id", "outcome"}
+    assert (undone["command_id"], undone["outcome"]) == (stale["command_id"], "lost")
+    assert [row["outcome"] for row in claimed] == [None, None]
+    assert {row["delivery"] for row in claimed} == {1}
+    assert (last["command_id"], last["alone_waiting"]) == (None, False)
+    assert status_of(db, str(finished["command_id"])) == "COMPLETED"
+
+
+def test_a_completion_that_is_refused_takes_the_claim_back(db: Connection) -> None:
+    send_ids(db, 2)
+    (leased,) = claim(db, 1)
+    items = json.dumps([item(leased)]).replace("}]", ', "result": "\\u0000"}]')
+    with pytest.raises(psycopg.errors.UntranslatableCharacter):
+        db.execute("SELECT * FROM commandbus.work_v1('d', %s, %s, 10, 'w', 60)", [items, segments("A")])
+    assert one(db, "SELECT count(*) FROM commandbus.command WHERE status = 'PENDING'") == 1
 
 
 def test_two_claims_never_share_a_token(db: Connection) -> None:

@@ -43,6 +43,7 @@ promote            -         ->P       -         -         -         -         -
 sweep              -         -         ->P       -         -         -         -         -
 renew              lost      lost      done>I    lost      done      done      lost      lost
 complete           lost      lost      done>C    lost      done      done      lost      lost
+work               lost      lost      done>C    lost      done      done      lost      lost
 fail_TRANSIENT     lost      lost      done>S    lost      done      done      lost      lost
 fail_PERMANENT     lost      lost      done>T    lost      done      done      lost      lost
 fail_BUSINESS      lost      lost      done>F    lost      done      done      lost      lost

@@ -166,7 +166,7 @@ def test_what_was_claimed_while_it_stopped_is_reported_as_released(bus: SyncComm
     )
     receipt = bus.send(DOMAIN, "Debit", 1)
     with working(bus, registry_of(Debit=echo)) as worker:
-        claiming = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%%claim_v1%%'"
+        claiming = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%%work_v1%%'"
         eventually(lambda: one(db, claiming), what="the claim at the gate")
         stopping = run_in_thread(worker.stop)
         eventually(lambda: worker._worker._stops, what="the stop")

@@ -88,18 +88,20 @@ def test_a_send_is_one_statement_with_one_text() -> None:
     assert call.read([("accepted",), ("duplicate",)]) == ["accepted", "duplicate"]
 
 
-def test_a_claim_reads_commands_and_then_the_last_row() -> None:
+def test_a_round_reads_what_is_undone_then_commands_and_then_the_last_row() -> None:
     token, command_id = uuid4(), uuid4()
     row = (command_id, "A", "{}", "{}", None, None, 0, None, 0, 0, 1, token, 7, NOW)
-    call = _calls.claim("d", [("A", -1, 5)], 10, "w", timedelta(seconds=60), sweep=True)
+    call = _calls.work("d", [("A", -1, 5)], 10, "w", timedelta(seconds=60), completions=["{}", "{}"], sweep=True)
     assert call.sql.count("%s") == len(call.params)
-    claim = call.read([(*row, None, None), (*[None] * 14, 2.5, True)])
-    assert claim.next_due == timedelta(seconds=2.5)
-    assert claim.alone_waiting
-    (found,) = claim.commands
+    assert call.params[1] == "[{},{}]"
+    work = call.read([(token, *[None] * 15, "busy"), (*row, None, None, None), (*[None] * 14, 2.5, True, None)])
+    assert work.undone == {token: "busy"}
+    assert work.next_due == timedelta(seconds=2.5)
+    assert work.alone_waiting
+    (found,) = work.commands
     assert (found.domain, found.command_id, found.lease_token, found.place) == ("d", command_id, token, 7)
-    empty = call.read([(*[None] * 14, None, False)])
-    assert (empty.commands, empty.next_due, empty.alone_waiting) == ([], None, False)
+    empty = call.read([(*[None] * 14, None, False, None)])
+    assert (empty.commands, empty.undone, empty.next_due, empty.alone_waiting) == ([], {}, None, False)
 
 
 def claimed(data: str, headers: str = "{}") -> Claimed:

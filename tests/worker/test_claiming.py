@@ -133,7 +133,7 @@ async def test_only_what_can_start_is_claimed(bus: CommandBus) -> None:
 
 async def test_a_scheduled_command_runs_when_it_is_due(bus: CommandBus, monkeypatch: pytest.MonkeyPatch) -> None:
     claims: list[object] = []
-    monkeypatch.setattr(Claimer, "_claim", counter(Claimer._claim, claims))
+    monkeypatch.setattr(Claimer, "_work", counter(Claimer._work, claims))
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         receipt = await bus.send(DOMAIN, "Debit", 1, delay=timedelta(seconds=1.5))
         later = await bus.send(DOMAIN, "Debit", 2, delay=HOUR)
@@ -152,7 +152,7 @@ async def test_a_locked_due_command_is_no_reason_to_hurry(
     blocker = connect()
     blocker.execute("SELECT FROM commandbus.command FOR UPDATE")
     claims: list[object] = []
-    monkeypatch.setattr(Claimer, "_claim", counter(Claimer._claim, claims))
+    monkeypatch.setattr(Claimer, "_work", counter(Claimer._work, claims))
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo, Other=echo))):
         await settled(bus, await bus.send(DOMAIN, "Other", 1))
         await asyncio.sleep(1)  # not to wait for anything: how many claims are made in that time?
@@ -191,5 +191,5 @@ async def test_a_killed_listener_comes_back(bus: CommandBus, db: Connection) -> 
 async def test_the_lost_connections_of_a_claimer_are_replaced(bus: CommandBus, db: Connection) -> None:
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         for n in range(3):
-            await until(lambda: terminate(db, "claim_v1"), "a connection that claims")
+            await until(lambda: terminate(db, "work_v1"), "a connection that claims")
             assert (await settled(bus, await bus.send(DOMAIN, "Debit", n))).delivery >= 1

@@ -259,7 +259,14 @@ async def test_a_worker_that_takes_its_own_command_over_records_the_newer_delive
         runs.append(context.delivery)
         return f"delivery {context.delivery}"
 
-    db.execute("ALTER FUNCTION commandbus.complete_v1 RENAME TO away")
+    db.execute(
+        "CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = 'object_in_use'; END $$"
+    )
+    db.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON commandbus.command_history"
+        " FOR EACH ROW EXECUTE FUNCTION public.refuse()"
+    )
     async with running(Worker(bus, DOMAIN, registry_of(Debit=note, Echo=echo), lease=MINUTE)):
         twice = await bus.send(DOMAIN, "Debit", {})
         await until(lambda: runs == [1], "the first delivery")
@@ -268,7 +275,7 @@ async def test_a_worker_that_takes_its_own_command_over_records_the_newer_delive
         await until(lambda: runs == [1, 2], "the second delivery")
         neighbours = await bus.send_batch([SendRequest(DOMAIN, "Echo", n) for n in range(20)])
         await until(lambda: in_progress(db) == 21, "all handlers")
-        db.execute("ALTER FUNCTION commandbus.away RENAME TO complete_v1")
+        db.execute("DROP TRIGGER refuse ON commandbus.command_history")
         for command in await all_settled(bus, neighbours):
             innocent(command)
         command = await settled(bus, twice)

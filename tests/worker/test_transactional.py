@@ -201,6 +201,19 @@ async def test_a_lost_lease_rolls_the_effects_back(
     assert ledger(db) == 0
 
 
+async def test_a_handler_that_rolls_back_has_failed(bus: CommandBus, db: Connection) -> None:
+    async def roll_back(command: Command, context: HandlerContext) -> None:
+        await write(context)
+        raise psycopg.Rollback
+
+    async with running(Worker(bus, DOMAIN, registry_of(Debit=roll_back))):
+        command = await settled(bus, await bus.send(DOMAIN, "Debit", {}))
+    assert (command.status, command.attempts, command.crashes) == (PARKED, 3, 0)
+    assert command.error is not None
+    assert command.error.code == "ROLLED_BACK"
+    assert ledger(db) == 0
+
+
 async def test_cancelling_a_running_command_rolls_back_what_it_wrote(bus: CommandBus, db: Connection) -> None:
     watched = Watched()
 

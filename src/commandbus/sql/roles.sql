@@ -49,6 +49,7 @@ BEGIN
             ('wake_v1',              'sender, worker, operator'),  -- a worker pings itself by it
             ('cancel_v1',            'sender, operator'),  -- who sent a command and kept its id may withdraw it
             ('claim_v1',             'worker'),
+            ('work_v1',              'worker'),
             ('renew_v1',             'worker'),
             ('complete_v1',          'worker'),
             ('fail_v1',              'worker'),

@@ -1,4 +1,4 @@
-"""Claims commands as slots become free."""
+"""Claims commands as slots become free, and takes completions along."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import psycopg
 
 from commandbus import _calls
-from commandbus._calls import Claim, Claimed
+from commandbus._calls import Claimed, Work
 from commandbus._database import Database
 from commandbus._failures import brief
 from commandbus.errors import CommandBusError
+from commandbus.worker.finisher import Finisher, Outcome, item
 from commandbus.worker.trail import Trail
 
 logger = logging.getLogger("commandbus.worker")
@@ -39,13 +40,18 @@ class Lane:
 
 
 class Claimer:
-    """Claims for all lanes in turn; `start` is called with each claim's commands and the time it was asked for."""
+    """Claims for all lanes in turn; `start` is called with each claim's commands and the time it was asked for.
+
+    A claim brings at most `most`, less than a worker has slots: the next one is under way while handlers run.
+    """
 
     def __init__(
         self,
         database: Database,
         lanes: Sequence[Lane],
+        finisher: Finisher,
         *,
+        most: int,
         worker: str,
         lease: timedelta,
         start: Callable[[list[Claimed], float], None],
@@ -53,6 +59,8 @@ class Claimer:
     ) -> None:
         self._database = database
         self._lanes = deque(lanes)
+        self._finisher = finisher
+        self._most = most
         self._worker = worker
         self._lease = lease
         self._sweep_seconds = lease.total_seconds() / 6
@@ -74,6 +82,19 @@ class Claimer:
 
     async def run(self) -> None:
         """Claim until stopped. Lasts through any trouble with the database."""
+        with self._carrying(carried=True):
+            await self._run()
+
+    @contextlib.contextmanager
+    def _carrying(self, *, carried: bool) -> Iterator[None]:
+        """Take completions along within this block, or leave them to the finisher."""
+        self._finisher.carry(carried=carried)
+        try:
+            yield
+        finally:
+            self._finisher.carry(carried=not carried)
+
+    async def _run(self) -> None:
         pause = trouble = _FIRST_PAUSE
         while not self._stopping:
             self._woken.clear()
@@ -81,7 +102,8 @@ class Claimer:
                 found = await self._claim_all()
             except (CommandBusError, psycopg.Error) as error:
                 logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, brief(error))
-                await self._sleep(trouble)
+                with self._carrying(carried=False):
+                    await self._sleep(trouble)
                 trouble = min(_MAX_TROUBLE_PAUSE, trouble * 2)
                 continue
             if trouble > _FIRST_PAUSE:
@@ -97,55 +119,69 @@ class Claimer:
                 await self._woken.wait()
 
     async def _claim_all(self) -> int:
-        """Claim once for every lane with a free slot; returns how many commands were claimed."""
+        """Call once for every lane with a free slot or completions; returns how many commands that was about."""
         found = 0
         self._lanes.rotate(-1)  # another lane is first each time
         for lane in self._lanes:
-            free = lane.free()
-            if free <= 0 or self._stopping:
+            if self._stopping:
+                break
+            free = min(max(lane.free(), 0), self._most)
+            outcomes = self._finisher.take(lane.domain)
+            if not free and not outcomes:
                 continue
-            claim = await self._claim(lane, free)
-            found += len(claim.commands)
-            if claim.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
+            work = await self._work(lane, free, outcomes)
+            found += len(work.commands) + len(outcomes)
+            if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
                 found += await self._run_alone(lane)
         return found
 
-    async def _claim(self, lane: Lane, limit: int) -> Claim:
-        """Claim behind the remembered places; now and then from the start, looking for expired leases as well."""
+    async def _work(self, lane: Lane, limit: int, outcomes: list[Outcome]) -> Work:
+        """Claim behind the remembered places; now and then from the start, looking for expired leases as well.
+
+        The same call records these completions.
+        """
         asked_at = time.monotonic()
-        scan = asked_at >= lane.scan_at
+        scan = limit > 0 and asked_at >= lane.scan_at
         segments = lane.trail.whole() if scan else lane.trail.rest()
-        claim = await self._database.run(
-            _calls.claim(lane.domain, segments, limit, self._worker, self._lease, sweep=scan)
-        )
+        completions = [item(outcome) for outcome in outcomes]
+        call = _calls.work(lane.domain, segments, limit, self._worker, self._lease, completions=completions, sweep=scan)
+        try:
+            work = await self._database.run(call)
+        except BaseException:
+            self._finisher.give_back(outcomes)
+            raise
+        self._finisher.settle(outcomes, work.undone, unsaid="done")
         now = time.monotonic()
         if scan:
             share = (now - asked_at) / _SCAN_SHARE
             lane.scan_at = asked_at + min(max(1.0, share), self._sweep_seconds)
-        lane.due_at = now + claim.next_due.total_seconds() if claim.next_due is not None else float("inf")
-        lane.trail.saw(claim.commands, now)
-        if claim.commands:
-            self._start(sorted(claim.commands, key=_by_place), asked_at)
-        return claim
+        lane.due_at = now + work.next_due.total_seconds() if work.next_due is not None else float("inf")
+        lane.trail.saw(work.commands, now)
+        if work.commands:
+            self._start(sorted(work.commands, key=_by_place), asked_at)
+        return work
 
     async def _run_alone(self, lane: Lane) -> int:
         """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along.
 
         When the running handlers do not end in time, claiming goes on for as long, and the next try is more patient.
         """
-        if not await self._idle_within(self._patience):
+        with self._carrying(carried=False):
+            idle = await self._idle_within(self._patience)
+        if not idle or lane.free() <= 0:
             self._alone_at = time.monotonic() + self._patience
             self._patience *= 2
             return 0
         self._patience = self._lease.total_seconds()
         asked_at = time.monotonic()
-        claim = await self._database.run(
-            _calls.claim(lane.domain, lane.trail.whole(), 1, self._worker, self._lease, alone=True)
+        work = await self._database.run(
+            _calls.work(lane.domain, lane.trail.whole(), 1, self._worker, self._lease, alone=True)
         )
-        if claim.commands:
-            self._start(claim.commands, asked_at)
-            await self._idle_within(None)
-        return len(claim.commands)
+        if work.commands:
+            self._start(work.commands, asked_at)
+            with self._carrying(carried=False):
+                await self._idle_within(None)
+        return len(work.commands)
 
     async def _idle_within(self, seconds: float | None) -> bool:
         """Wait until no lease is held; False when that takes too long, or the worker stops."""

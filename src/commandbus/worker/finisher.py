@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import psycopg
@@ -31,6 +31,9 @@ class Finisher:
     """Takes endings and records them; a lease is let go when its ending is recorded, or was lost.
 
     That recording fails is no failure of the handler: the recording is repeated, the handler is not.
+
+    While `carried`, completions wait for the claimer, whose next call takes them along: one round trip and one commit
+    for both.
     """
 
     def __init__(self, database: Database, leases: Leases, freed: Callable[[], None]) -> None:
@@ -38,14 +41,55 @@ class Finisher:
         self._leases = leases
         self._freed = freed
         self._waiting: list[Outcome] = []
+        self._to_carry: defaultdict[str, list[Outcome]] = defaultdict(list)  # by domain
+        self._carried = False
         self._arrived = asyncio.Event()
         self._closing = False
         self._pause = 0.0
 
     def put(self, lease: Lease, ending: Ending) -> None:
         """Take an ending; does not wait."""
-        self._waiting.append((lease, ending))
+        if self._carried and isinstance(ending, Completed):
+            self._to_carry[lease.claimed.domain].append((lease, ending))
+        else:
+            self._waiting.append((lease, ending))
+            self._arrived.set()
+
+    def carry(self, *, carried: bool) -> None:
+        """From now on completions wait for `take`, or no longer."""
+        self._carried = carried
+        if not carried:
+            for outcomes in self._to_carry.values():
+                self._waiting += outcomes
+            self._to_carry.clear()
+            self._arrived.set()
+
+    def take(self, domain: str) -> list[Outcome]:
+        """Hand over completions of this domain, as many as one statement carries; `settle` them or `give_back`."""
+        waiting = self._still_held(self._to_carry.pop(domain, ()))
+        taken = next(_parts(waiting), [])
+        if len(taken) < len(waiting):
+            self._to_carry[domain] = waiting[len(taken) :]
+        return taken
+
+    def give_back(self, outcomes: list[Outcome]) -> None:
+        """Take back what could not be recorded, and carry it no more: nothing might wake the claimer for it."""
+        self._waiting += outcomes
         self._arrived.set()
+
+    def settle(self, outcomes: list[Outcome], answers: Answers, unsaid: str) -> None:
+        """Let go of what was recorded or lost; busy is tried again. What `answers` leaves out is `unsaid`."""
+        self._pause = 0.0
+        over: list[Lease] = []
+        for lease, ending in outcomes:
+            match answers.get(lease.claimed.command_id, unsaid):
+                case "done":
+                    over.append(lease)
+                case "busy":
+                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.give_back, [(lease, ending)])
+                case _:
+                    over.append(self._lost(lease))
+        self._let_go(over)
 
     def close(self) -> None:
         """Let `run` return once every ending is recorded."""
@@ -63,13 +107,8 @@ class Finisher:
 
     async def _record_all(self, batch: list[Outcome]) -> None:
         groups: defaultdict[tuple[str, type], list[Outcome]] = defaultdict(list)
-        for lease, ending in batch:
-            if isinstance(ending, Recorded):
-                self._let_go(lease)
-            elif not self._leases.holds(lease):
-                self._lost(lease)
-            else:
-                groups[lease.claimed.domain, type(ending)].append((lease, ending))
+        for lease, ending in self._still_held(batch):
+            groups[lease.claimed.domain, type(ending)].append((lease, ending))
         for (domain, _), outcomes in groups.items():
             for part in _parts(outcomes):
                 await self._record(domain, part)
@@ -83,15 +122,21 @@ class Finisher:
             else:
                 await self._again_later(outcomes, error)
             return
-        self._pause = 0.0
-        for lease, ending in outcomes:
-            match answers.get(lease.claimed.command_id):
-                case "done":
-                    self._let_go(lease)
-                case "busy":
-                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.put, lease, ending)
-                case _:
-                    self._lost(lease)
+        self.settle(outcomes, answers, unsaid="lost")
+
+    def _still_held(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
+        """Let go of what is recorded already or lost, and return the rest."""
+        held, over = [], []
+        for outcome in outcomes:
+            lease, ending = outcome
+            if isinstance(ending, Recorded):
+                over.append(lease)
+            elif not lease.held:
+                over.append(self._lost(lease))
+            else:
+                held.append(outcome)
+        self._let_go(over)
+        return held
 
     async def _find_refused(self, domain: str, outcomes: list[Outcome], error: Exception) -> None:
         """Halve the batch until the ending stands alone that the database refuses; it fails for good, and says why."""
@@ -107,7 +152,7 @@ class Finisher:
         elif isinstance(ending, Failed) and not ending.replaced:
             self.put(lease, without_words(ending, error))
         else:
-            self._let_go(lease)  # nothing of ours is left to say: the lease runs out
+            self._let_go([lease])  # nothing of ours is left to say: the lease runs out
 
     async def _again_later(self, outcomes: list[Outcome], error: Exception) -> None:
         self._pause = min(_MAX_PAUSE, max(0.1, self._pause * 2))
@@ -115,21 +160,27 @@ class Finisher:
             "%d outcomes could not be recorded, again in %.1f s: %s", len(outcomes), self._pause, brief(error)
         )
         await asyncio.sleep(self._pause)
-        for lease, ending in outcomes:
-            self.put(lease, ending)
+        self.give_back(outcomes)
 
-    def _lost(self, lease: Lease) -> None:
+    def _lost(self, lease: Lease) -> Lease:
         logger.warning(
             "the lease was lost before its outcome was recorded; nothing was changed",
             extra=lease.log_extra(self._leases.worker),
         )
-        self._let_go(lease)
+        return lease
 
-    def _let_go(self, lease: Lease) -> None:
-        self._leases.remove(lease)
-        self._freed()
-        if self._closing:
-            self._arrived.set()
+    def _let_go(self, leases: list[Lease]) -> None:
+        if leases:
+            self._leases.remove(leases)
+            self._freed()
+            if self._closing:
+                self._arrived.set()
+
+
+def item(outcome: Outcome) -> str:
+    """Return the item by which a call records this outcome."""
+    lease, ending = outcome
+    return lease.item(_fields(ending))
 
 
 def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
@@ -148,7 +199,7 @@ def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
 
 def _call(domain: str, outcomes: Sequence[Outcome]) -> Call[Answers]:
     """Return the one call that records these endings, which are of one kind."""
-    items = [lease.item(_fields(ending)) for lease, ending in outcomes]
+    items = [item(outcome) for outcome in outcomes]
     match outcomes[0][1]:
         case Completed():
             return _calls.complete(domain, items)

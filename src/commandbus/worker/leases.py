@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -18,30 +18,23 @@ from commandbus.handlers import Handler
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("_ended", "charged", "claimed", "completing", "deadline", "handler", "lost", "task")
+    __slots__ = ("cancelled", "charged", "claimed", "completing", "deadline", "handler", "held", "lost", "task")
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
         self.handler = handler
         self.deadline = deadline
         self.task: asyncio.Task[None] | None = None
+        self.held = False  # and not replaced by a newer lease of the same command
         self.lost = False
         self.charged = False  # what fails in its transaction is the handler's doing, not a statement of the library's
         self.completing = False  # the completion stands in a transaction that may commit
-        self._ended = threading.Event()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the handler's outcome can no longer be recorded."""
-        return self._ended.is_set()
+        self.cancelled = False  # the handler's outcome can no longer be recorded; any thread may say so
 
     def wait(self, seconds: float) -> bool:
-        """Wait so long in this thread, or until `cancelled`; whether it is."""
-        return self._ended.wait(seconds)
-
-    def end(self) -> None:
-        """Tell the handler that its outcome can no longer be recorded. Any thread may."""
-        self._ended.set()
+        """Sleep so long in this thread; whether it is `cancelled` then."""
+        time.sleep(seconds)
+        return self.cancelled
 
     def item(self, more: str = "") -> str:
         """Return the JSON that names this lease in a call."""
@@ -87,17 +80,18 @@ class Leases:
         with self._lock:
             older = self._held.get(key)
             self._held[key] = lease
+            lease.held = True
+            if older is not None:
+                older.held = False
         return older
 
-    def holds(self, lease: Lease) -> bool:
-        """Whether this lease is held, and not replaced by a newer one of the same command."""
-        return self._held.get((lease.claimed.domain, lease.claimed.command_id)) is lease
-
-    def remove(self, lease: Lease) -> None:
-        """Let go of a lease whose outcome is recorded or lost."""
+    def remove(self, leases: Iterable[Lease]) -> None:
+        """Let go of leases whose outcome is recorded or lost."""
         with self._lock:
-            if self.holds(lease):
-                del self._held[lease.claimed.domain, lease.claimed.command_id]
+            for lease in leases:
+                if lease.held:
+                    del self._held[lease.claimed.domain, lease.claimed.command_id]
+                    lease.held = False
 
     def renewed(self, lease: Lease, asked_at: float) -> None:
         """Trust a lease again for its duration."""

@@ -79,14 +79,21 @@ class Runner:
         self._freed = freed
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, lease: Lease) -> None:
-        """Run the handler of this lease; does not wait."""
-        self.running += 1
-        self.in_threads += lease.handler.blocking
-        task = asyncio.get_running_loop().create_task(self._run(lease))
-        lease.task = task
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def start(self, leases: list[Lease]) -> None:
+        """Run the handlers of these leases; does not wait.
+
+        They begin after what the caller does next on this loop: the next claim is sent, and then they run meanwhile.
+        """
+        self.running += len(leases)
+        self.in_threads += sum(lease.handler.blocking for lease in leases)
+        asyncio.get_running_loop().call_soon(self._begin, leases)
+
+    def _begin(self, leases: list[Lease]) -> None:
+        loop = asyncio.get_running_loop()
+        for lease in leases:
+            lease.task = loop.create_task(self._run(lease))
+            if not lease.task.done():  # an eager one may be
+                self._tasks.add(lease.task)
 
     def give_back(self, lease: Lease) -> None:
         """Release this lease, whose handler has not started."""
@@ -100,6 +107,7 @@ class Runner:
 
     async def give_up(self) -> None:
         """Stop waiting: cancel the async handlers, tell the blocking ones; their leases are released."""
+        await asyncio.sleep(0)  # a task that is cancelled before its first step would never tell of its end
         for task in list(self._tasks):
             task.cancel()
         await self.wait(CALL_SECONDS)
@@ -111,18 +119,20 @@ class Runner:
 
     async def _run(self, lease: Lease) -> None:
         try:
-            ending = await self._ending(lease)
+            ending = Recorded() if lease.lost else await self._ending(lease)
         except asyncio.CancelledError:
             # Not passed on: only this worker cancels these tasks, when a lease is lost or the grace is over.
             ending = Recorded() if lease.lost else Released()
         except BaseException as error:  # noqa: BLE001 - GeneratorExit out of a future closes what it passes through
             ending = self._failed(error, lease)
-        lease.end()
+        lease.cancelled = True
         self.ended[type(ending)] += 1
         self.running -= 1
         self.in_threads -= lease.handler.blocking
         self._finish(lease, ending)
         self._freed()
+        if lease.task is not None:
+            self._tasks.discard(lease.task)
 
     async def _ending(self, lease: Lease) -> Ending:
         """Run the handler; whatever happens is an ending, but for a cancellation from outside."""
@@ -201,14 +211,16 @@ class Runner:
     async def _bounded(self, lease: Lease, work: Awaitable[T]) -> T:
         """Await the handler, bounded by its timeout."""
         timeout = lease.handler.timeout
-        scope = asyncio.timeout(None if timeout is None else timeout.total_seconds())
+        if timeout is None:
+            return await work
+        scope = asyncio.timeout(timeout.total_seconds())
         try:
             async with scope:
                 return await work
         except TimeoutError:
             if not scope.expired():
                 raise
-            lease.end()
+            lease.cancelled = True
             raise _TimedOutCommandError("TIMEOUT", f"the handler exceeded its timeout of {timeout}") from None
 
     async def _call(

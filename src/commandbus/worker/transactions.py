@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any, Final
 
 import psycopg
@@ -32,8 +33,14 @@ def handle(lease: Lease, ending: Callable[[Json, Lease], Completed]) -> Steps[No
     The completion comes last, so that its row locks are held for one commit only.
     """
     before = yield _calls.transaction()
+    if lease.cancelled:  # lost or given up while a connection was waited for
+        lease.completing = True
+        raise LeaseLostError(f"command {lease.claimed.command_id}: the lease is lost; its handler has not begun")
     lease.charged = True
-    result = yield RUN
+    try:
+        result = yield RUN
+    except psycopg.Rollback:  # psycopg would swallow it at the end of the transaction
+        raise TransientCommandError("ROLLED_BACK", "the handler rolled back its transaction") from None
     if before != (yield _calls.transaction(last=True)):
         raise PermanentCommandError(
             "TRANSACTION_ENDED", "the handler ended the transaction by itself: what it wrote may be committed"
@@ -95,6 +102,11 @@ def _wake_nobody(domains: Collection[str]) -> None:
     del domains
 
 
+def _sever_unless(over: threading.Event, connection: psycopg.Connection[Any]) -> None:
+    if not over.is_set():
+        sever(connection)
+
+
 class BlockingConnections:
     """Connections for transactional `def` handlers, kept for the next one. The worker bounds how many run.
 
@@ -154,10 +166,13 @@ class BlockingConnections:
         The worker's loop keeps the time; a thread for it could not be started at exit.
         """
         timers: list[asyncio.TimerHandle] = []
-        self._on_loop(lambda: timers.append(self._loop.call_later(self._timeout, sever, connection)))
+        over = threading.Event()  # the loop may be late with the timer, and the connection somebody else's by then
+        expire = partial(_sever_unless, over, connection)
+        self._on_loop(lambda: timers.append(self._loop.call_later(self._timeout, expire)))
         try:
             yield
         finally:
+            over.set()
             self._on_loop(lambda: timers.pop().cancel())
 
     def _on_loop(self, function: Callable[[], None]) -> None:

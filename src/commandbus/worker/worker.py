@@ -156,6 +156,8 @@ class Worker:
         self._claimer = Claimer(
             database,
             self._lanes(),
+            self._finisher,
+            most=max(1, self._concurrency // 2),
             worker=self.name,
             lease=self._leases.duration,
             start=self._start,
@@ -309,6 +311,7 @@ class Worker:
 
     def _start(self, commands: list[Claimed], asked_at: float) -> None:
         deadline = self._leases.deadline(asked_at)
+        leases = []
         for claimed in commands:
             lease = Lease(claimed, self._registry.find(claimed.domain, claimed.command_type), deadline)
             older = self._leases.add(lease)
@@ -317,7 +320,9 @@ class Worker:
             if self._stops:  # claimed while the stop was asked for
                 self._runner.give_back(lease)
             else:
-                self._runner.start(lease)
+                leases.append(lease)
+        if leases:
+            self._runner.start(leases)
 
     def _freed(self) -> None:
         self._claimer.wake()
@@ -329,7 +334,7 @@ class Worker:
         lease.lost = True
         if lease.cancelled:
             return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
-        lease.end()
+        lease.cancelled = True
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
         if self._loop is not None and lease.task is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended

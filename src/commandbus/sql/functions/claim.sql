@@ -69,6 +69,34 @@ BEGIN
                          AND q.command_type = ANY (v_types));
 END $$;
 
+-- work_v1: complete_v1 and then claim_v1 in one call and one commit: a busy worker's round.
+-- Answers as claim_v1 does, and before that a row, with nothing but command_id and outcome, for each item that is not
+-- done: busy or lost. Nothing said of an item means done.
+CREATE OR REPLACE FUNCTION commandbus.work_v1(
+    p_domain text, p_items text, p_segments text, p_limit integer, p_worker text, p_lease double precision,
+    p_sweep boolean DEFAULT false, p_alone boolean DEFAULT false)
+RETURNS TABLE (command_id uuid, command_type text, data text, headers text, correlation_id text, reply_to text,
+               priority smallint, max_attempts integer, attempts integer, crashes integer, delivery bigint,
+               lease_token uuid, place bigint, sent_at timestamptz, next_due double precision, alone_waiting boolean,
+               outcome text)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan SET jit = off
+SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+DECLARE
+    v_json json := p_items;
+    v_done uuid[] := commandbus._finish(commandbus._hold(p_domain, v_json), 'COMPLETED', v_json);
+BEGIN
+    IF cardinality(v_done) < json_array_length(v_json) THEN
+        RETURN QUERY
+            SELECT a.command_id, NULL, NULL, NULL, NULL, NULL, NULL::smallint, NULL::integer, NULL::integer,
+                   NULL::integer, NULL::bigint, NULL::uuid, NULL::bigint, NULL::timestamptz, NULL::double precision,
+                   NULL::boolean, a.outcome
+            FROM commandbus._answer(p_domain, v_json, v_done) a WHERE a.outcome <> 'done';
+    END IF;
+    RETURN QUERY
+        SELECT c.*, NULL FROM commandbus.claim_v1(p_domain, p_segments, p_limit, p_worker, p_lease, p_sweep, p_alone) c;
+END $$;
+
 -- _ranges: cuts segments that span priorities into those that have commands waiting: [[type, after, up_to], ...].
 CREATE OR REPLACE FUNCTION commandbus._ranges(p_domain text, p_segments json) RETURNS jsonb
 LANGUAGE plpgsql AS $$

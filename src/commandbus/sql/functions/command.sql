@@ -15,7 +15,7 @@
 --   any unfinished --x--> CANCELED               x  cancel; a running one loses its lease
 --
 -- Every write of a delivery passes the fence, commandbus._hold. Every ending passes commandbus._finish.
--- Locks, in order: commands by id, claim marks by type and level, audit rows, history. Time is the
+-- Locks, in order: commands by id, audit rows, history, claim marks by type and level. Time is the
 -- server's, commandbus.clock(). Names end in _vN and never change meaning; a leading _ is internal.
 
 -- clock: the moment that all transitions use. clock_timestamp(), not now(): that stands still in a transaction.

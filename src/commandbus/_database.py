@@ -131,15 +131,17 @@ class Database:
     async def open(self) -> None:
         """Open the pool. Raises `DatabaseUnavailableError` that says why there is no connection.
 
-        Raises `ConfigurationError` if the sessions that the DSN leads to are not what the library counts on.
+        Raises `ConfigurationError` if the sessions that the DSN leads to are not what the library counts on. One for
+        user code opens without a look: the bus whose DSN it has did look, and who waits for a connection can wait.
         """
-        try:
-            async with await self.connect() as connection:  # the pool would try for long, and not say what is wrong
-                await self._check_sessions(connection)
-        except psycopg.OperationalError as error:
-            if _REFUSED_OPTIONS in str(error) and not self.transaction_pooler:
-                raise ConfigurationError(f"a pooler refuses the options of this bus: {_HOW_TO_POOL}") from None
-            raise unavailable(error) from None
+        if not self._for_user_code:
+            try:
+                async with await self.connect() as connection:  # the pool would try for long, and not say what is wrong
+                    await self._check_sessions(connection)
+            except psycopg.OperationalError as error:
+                if _REFUSED_OPTIONS in str(error) and not self.transaction_pooler:
+                    raise ConfigurationError(f"a pooler refuses the options of this bus: {_HOW_TO_POOL}") from None
+                raise unavailable(error) from None
         await self._pool.open()
 
     async def _check_sessions(self, connection: psycopg.AsyncConnection[Row]) -> None:

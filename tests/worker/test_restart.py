@@ -10,13 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from commandbus import Command, CommandBus, CommandStatus, HandlerContext, OutcomeUnknownError, Receipt, Worker
+from commandbus import (
+    Command,
+    CommandBus,
+    CommandStatus,
+    HandlerContext,
+    HandlerRegistry,
+    OutcomeUnknownError,
+    Receipt,
+    Worker,
+)
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
-from tests.bus.support import DOMAIN
+from tests.bus.support import DOMAIN, until
 from tests.pgbouncer import pgbouncer
-from tests.support import Route, crash
-from tests.worker.support import all_settled, registry_of, running, settled
+from tests.support import Route, crash, halt
+from tests.worker.support import all_settled, echo, registry_of, running, settled
 
 
 @pytest.fixture
@@ -35,6 +44,20 @@ def own_route(request: pytest.FixtureRequest, own_server: EmbeddedPostgres) -> I
         return
     with pgbouncer(own_server.dsn()) as through:
         yield {"dsn": through, "transaction_pooler": True}
+
+
+async def test_a_worker_that_starts_when_the_database_is_away_waits_for_it(
+    own_server: EmbeddedPostgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "commandbus.worker")
+    registry = HandlerRegistry()
+    registry.handler(DOMAIN, "Debit", transactional=True)(echo)
+    async with CommandBus(own_server.dsn()) as bus:
+        halt(own_server)
+        async with running(Worker(bus, DOMAIN, registry)) as task:
+            await until(lambda: task.done() or "starts: domains" in caplog.text, "the start")
+            own_server.start()
+            assert (await settled(bus, await bus.send(DOMAIN, "Debit", 1))).result == 1
 
 
 async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: EmbeddedPostgres, own_route: Route) -> None:

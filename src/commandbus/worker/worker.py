@@ -98,8 +98,8 @@ class Worker:
         """Work until `stop()`, SIGTERM or SIGINT; then let running handlers finish within the grace, and return.
 
         What has not ended by then is released, uncharged. A second signal ends the grace. Trouble with the database is
-        logged and waited out. In a thread other than the main one, signals are left alone. A worker runs once. Rather stop
-        it than cancel it: what a call that is cancelled has claimed is left to run out, which counts as a crash.
+        logged and waited out. In a thread other than the main one, signals are left alone. A worker runs once.
+        Rather stop it than cancel it: what a call that is cancelled has claimed runs out, which counts as a crash.
         """
         database = self._bus.database
         if self._ran:

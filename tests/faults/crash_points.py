@@ -1,7 +1,7 @@
 """A proxy that knows where each call of a client to PostgreSQL begins and ends, and makes one fault at one of them.
 
 A call is what a client sends up to its Sync, or a simple query, or the start of a connection; its answer ends with
-ReadyForQuery. A point is a call by its name and number: `complete_v1 1` is the first that calls this function.
+ReadyForQuery. A point is a call by its name and number: `fail_v1 1` is the first that calls this function.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Called:
     @property
     def polls(self) -> bool:
         """Whether it looks for work; one row more than it has found says when to look again."""
-        return self.point.name == "claim_v1"
+        return self.point.name == "work_v1"
 
 
 @dataclass

@@ -262,7 +262,7 @@ class Run:
             (self._folder / "renewed").touch()
         if self._scenario.program == "stop" and self._starts == 1 and (self._folder / "begun").exists():
             return True
-        started = self._proxy.count("claim_v1") > 1 and all(self._proxy.count(name) for name in _STARTED)
+        started = self._proxy.count("work_v1") > 1 and all(self._proxy.count(name) for name in _STARTED)
         return (started or self._proxy.made_at is not None) and self._is_settled()
 
     def _is_settled(self) -> bool:

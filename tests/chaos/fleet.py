@@ -38,7 +38,7 @@ class Member:
     def start(self) -> None:
         """Start it, anew."""
         with self._lock, self.log.open("ab") as log:
-            self.killed = self.asked = False
+            self.killed, self.asked = False, 0
             self.popen = subprocess.Popen(
                 self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
@@ -52,7 +52,7 @@ class Member:
         with self._lock:
             if pid in (None, self.pid):
                 self.killed |= number == signal.SIGKILL
-                self.asked |= number == signal.SIGTERM
+                self.asked += number == signal.SIGTERM
                 self.popen.send_signal(number)
             return self.pid
 
@@ -87,6 +87,9 @@ class WorkerMember(Member):
             (self.killed and code == -signal.SIGKILL)
             or (self.asked and code == 0)
             or (self.asked and code == -signal.SIGTERM and "started" not in notes)
+            or (
+                self.asked > 1 and code == -signal.SIGTERM
+            )  # by two rolls at once: the second came when `run` had ended
             or code == POISONED
             or (code == NOT_STARTED and "started" not in notes)
             or notes.count("hog") > notes.count("hogged")

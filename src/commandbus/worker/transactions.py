@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import psycopg
 
-from commandbus import _calls
+from commandbus import _calls, _database
 from commandbus._connections import Steps, Work, arun_on, run_on
 from commandbus._database import Database, hung_up, reset_blocking, sever
 from commandbus._failures import is_refusal
@@ -101,9 +101,8 @@ class BlockingConnections:
     Not psycopg's blocking pool: it has threads of its own, which cannot be started when the interpreter exits.
     """
 
-    def __init__(self, database: Database, timeout: float) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
@@ -154,7 +153,8 @@ class BlockingConnections:
         The worker's loop keeps the time; a thread for it could not be started at exit.
         """
         timers: list[asyncio.TimerHandle] = []
-        self._on_loop(lambda: timers.append(self._loop.call_later(self._timeout, sever, connection)))
+        seconds = _database.CALL_SECONDS
+        self._on_loop(lambda: timers.append(self._loop.call_later(seconds, sever, connection)))
         try:
             yield
         finally:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self
 
+import commandbus
 from commandbus._database import Database
 from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
 
@@ -21,12 +23,18 @@ _threads = ThreadPoolExecutor(256, "test")  # as many as a test has calls at onc
 
 
 runtimes: list[SyncRuntime] = []
-"""Those that a test has made; the fixture `route` shuts them down."""
+"""Those that a test has made; the fixture `route` shuts them down, or `shutdown` does."""
 
 
 def own_runtime() -> SyncRuntime:
     runtimes.append(SyncRuntime())
     return runtimes[-1]
+
+
+def shutdown() -> None:
+    """End the runtimes that a test has made."""
+    while runtimes:
+        runtimes.pop().shutdown()
 
 
 def tests_loop() -> SyncRuntime:
@@ -87,3 +95,8 @@ class Worker(_Awaitable):
 
 
 TWINS = {twin.__name__: twin for twin in (CommandBus, TroubleshootingQueue, Worker)}
+
+
+def kinds(half: str) -> Any:  # noqa: ANN401 - one of two modules
+    """Where the classes of this half are found: `kinds("sync").Worker`, and the async ones for any other word."""
+    return sys.modules[__name__] if half == "sync" else commandbus

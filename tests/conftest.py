@@ -11,7 +11,6 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -160,15 +159,13 @@ def route(request: pytest.FixtureRequest, dsn: str, monkeypatch: pytest.MonkeyPa
         yield {"dsn": make_conninfo(request.getfixturevalue("pooler"), dbname=database), "transaction_pooler": True}
     else:
         yield {"dsn": dsn}
-    while blocking.runtimes:
-        blocking.runtimes.pop().shutdown()
+    blocking.shutdown()
 
 
 @pytest.fixture
 async def bus(request: pytest.FixtureRequest, route: Route) -> AsyncIterator[CommandBus]:
     """An open bus on this test's database."""
-    kind: Any = blocking.CommandBus if request.node.callspec.params["route"] == "sync" else CommandBus
-    async with kind(**route) as bus:
+    async with blocking.kinds(request.node.callspec.params["route"]).CommandBus(**route) as bus:
         yield bus
 
 

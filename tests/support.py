@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import product
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
@@ -17,11 +18,20 @@ from commandbus.embedded import EmbeddedPostgres
 
 T = TypeVar("T")
 
+ROOT = Path(__file__).parents[1]
+"""Where `python -m tests.faults.apps.clock` and the like are found."""
+
 Route = dict[str, Any]
 """The arguments by which a `CommandBus` comes to the database of a test."""
 
 direct_only = pytest.mark.parametrize("route", ["direct", "sync"], indirect=True)
 """Marks a test that looks at the sessions of the library, or at LISTEN: behind a pooler they are not there to see."""
+
+
+def sync_if_long(*, pooled: bool) -> pytest.MarkDecorator:
+    """Mark a test of what both halves share: the blocking one runs it with `--long` only."""
+    routes = ["direct", *(["pooled"] if pooled else []), pytest.param("sync", marks=pytest.mark.long)]
+    return pytest.mark.parametrize("route", routes, indirect=True)
 
 
 def async_only(reason: str, *, pooled: bool = True) -> pytest.MarkDecorator:

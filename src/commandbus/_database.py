@@ -39,7 +39,7 @@ T = TypeVar("T")
 logger = logging.getLogger("commandbus.database")
 
 CALL_SECONDS = 10.0
-"""The deadline of one statement of the library's own, and of getting a connection for it."""
+"""The deadline of one statement of the library's own, and of getting a connection for it; read at each call."""
 
 _RECONNECT_SECONDS = 1.0
 
@@ -147,7 +147,7 @@ class Database:
     async def _check_sessions(self, connection: psycopg.AsyncConnection[Row]) -> None:
         """See what stands between this connection and the server, and whether our settings came through."""
         connection.prepare_threshold = None  # behind a pooler the statement would stay in somebody's session
-        session = await execute(connection, _calls.session(), CALL_SECONDS)
+        session = await execute(connection, _calls.session())
         if session.isolation != "read committed" or not session.datestyle.startswith("ISO"):
             raise ConfigurationError(
                 f"behind this pooler sessions begin with default_transaction_isolation {session.isolation} and "
@@ -159,7 +159,7 @@ class Database:
         # one that is idle hands out the session used last, so that a busy one only may go unnoticed.
         async with await self.connect() as other:
             other.prepare_threshold = None
-            if (await execute(other, _calls.session(), CALL_SECONDS)).pid == session.pid:
+            if (await execute(other, _calls.session())).pid == session.pid:
                 raise ConfigurationError(f"a pooler in transaction mode is in the way: {_HOW_TO_POOL}")
         logger.warning("a pooler is in the way, in session mode as it seems; if not: %s", _HOW_TO_POOL)
 
@@ -168,14 +168,14 @@ class Database:
         await self._pool.close()
 
     @contextlib.asynccontextmanager
-    async def connection(self, timeout: float = CALL_SECONDS) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
+    async def connection(self, timeout: float | None = None) -> AsyncIterator[psycopg.AsyncConnection[Row]]:
         """Lend a connection of the pool for one statement or one transaction of the library's own.
 
         Raises `DatabaseUnavailableError` if none can be had.
         """
         if _holding.get() and not self._for_user_code:
             raise RuntimeError("commandbus holds a connection already in this context: a second could wait for it")
-        connection = await self._acquire(timeout)
+        connection = await self._acquire(_seconds(timeout))
         token = _holding.set(not self._for_user_code)
         try:
             yield connection
@@ -211,13 +211,13 @@ class Database:
             await connection.close()
             await self._pool.putconn(connection)
 
-    async def run(self, call: Call[T], timeout: float = CALL_SECONDS, *, long: bool = False) -> T:
+    async def run(self, call: Call[T], timeout: float | None = None, *, long: bool = False) -> T:
         """Run a call once on a pooled connection. See `execute` for what it raises, `execute_long` for a `long` one.
 
         But `DatabaseUnavailableError` when PostgreSQL could not do it and has left nothing of it: no room, no time.
         """
         try:
-            return await self._run(call, timeout, long=long)
+            return await self._run(call, _seconds(timeout), long=long)
         except psycopg.Error as error:
             if is_connection_lost(error) or not is_unavailable(error):
                 raise
@@ -229,7 +229,7 @@ class Database:
         Cancelling shuts the socket: psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s
         more for its answer.
         """
-        async with self.connection(CALL_SECONDS if long else timeout) as connection:
+        async with self.connection(None if long else timeout) as connection:
             statement = asyncio.ensure_future((execute_long if long else execute)(connection, call, timeout))
             try:
                 return await asyncio.shield(statement)
@@ -238,7 +238,7 @@ class Database:
                 await asyncio.gather(statement, return_exceptions=True)
                 raise
 
-    async def repeat(self, call: Call[T], timeout: float = CALL_SECONDS, *, long: bool = False) -> T:
+    async def repeat(self, call: Call[T], timeout: float | None = None, *, long: bool = False) -> T:
         """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead.
 
         Not when it was too slow: what is severed goes on in the server, and would have company.
@@ -265,12 +265,16 @@ class Database:
             raise unavailable(error) from None
 
 
-async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float) -> T:
+def _seconds(timeout: float | None) -> float:
+    return CALL_SECONDS if timeout is None else timeout
+
+
+async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float | None = None) -> T:
     """Run a call on this connection of the library's own; at the deadline (seconds) its socket is shut.
 
     Raises the library's errors for its SQLSTATEs, else what psycopg raises.
     """
-    with _severed_after(timeout, connection):
+    with _severed_after(_seconds(timeout), connection):
         return await execute_async(connection, call)
 
 
@@ -292,19 +296,19 @@ async def execute_long(connection: psycopg.AsyncConnection[Any], call: Call[T], 
 
 
 @contextlib.asynccontextmanager
-async def transaction(connection: psycopg.AsyncConnection[Any], timeout: float) -> AsyncIterator[None]:
-    """A transaction around the block. Its beginning and its end have a deadline (seconds); the block has not."""
+async def transaction(connection: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
+    """A transaction around the block. Its beginning and its end have a deadline; the block has not."""
     block = connection.transaction()
-    with _severed_after(timeout, connection):
+    with _severed_after(CALL_SECONDS, connection):
         await block.__aenter__()
     try:
         yield
     except BaseException as error:
-        with _severed_after(timeout, connection):
+        with _severed_after(CALL_SECONDS, connection):
             if not await block.__aexit__(type(error), error, error.__traceback__):
                 raise
     else:
-        with _severed_after(timeout, connection):
+        with _severed_after(CALL_SECONDS, connection):
             await block.__aexit__(None, None, None)
 
 

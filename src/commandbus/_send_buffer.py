@@ -17,7 +17,7 @@ from uuid import UUID
 
 from commandbus import _calls
 from commandbus._calls import Outgoing
-from commandbus._database import CALL_SECONDS, Database, execute
+from commandbus._database import Database, execute
 from commandbus._failures import brief, is_connection_lost, is_refusal, is_unavailable, own_copy, refusal
 from commandbus._hints import Hints
 from commandbus._limits import MAX_BYTES
@@ -226,7 +226,7 @@ class SendBuffer:
             for parcel in batch:
                 parcel.under_way = True
             try:
-                outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS), CALL_SECONDS)
+                outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS))
             except BaseException as error:
                 lost = is_connection_lost(error) or isinstance(error, asyncio.CancelledError)
                 for parcel in batch:

@@ -132,10 +132,7 @@ async def test_a_locked_table_is_waited_for(
     assert len(ids(db)) == 3
 
 
-async def test_a_batch_whose_outcome_is_unknown_says_so(
-    route: Route, db: Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("commandbus._database.Database.run.__defaults__", (0.5,))
+async def test_a_batch_whose_outcome_is_unknown_says_so(route: Route, db: Connection, gate: Gate) -> None:
     async with CommandBus(**route, send_timeout=timedelta(seconds=0.1)) as bus:
         with pytest.raises(OutcomeUnknownError):
             await bus.send_batch([SendRequest(DOMAIN, "Slow", n) for n in range(3)])

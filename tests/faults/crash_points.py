@@ -24,27 +24,19 @@ _CANCEL_REQUEST = 80877102
 class Fault(Enum):
     """What happens at a call, before the server has seen it or after it has answered; the client gets no answer."""
 
-    FAIL = "fail"
-    DO_AND_FAIL = "do, then fail"
-    HANG = "hang"
-    DO_AND_HANG = "do, then hang"
-    KILL = "kill -9"
-    DO_AND_KILL = "do, then kill -9"
+    FAIL = "fail", False, False, False
+    DO_AND_FAIL = "do, then fail", True, False, False
+    HANG = "hang", False, True, False
+    DO_AND_HANG = "do, then hang", True, True, False
+    KILL = "kill -9", False, False, True
+    DO_AND_KILL = "do, then kill -9", True, False, True
 
-    @property
-    def done(self) -> bool:
-        """Whether the server does what it was asked."""
-        return self.value.startswith("do")
-
-    @property
-    def hangs(self) -> bool:
-        """Whether the connection stays open, and silent."""
-        return self.value.endswith("hang")
-
-    @property
-    def kills(self) -> bool:
-        """Whether the client's process is killed."""
-        return self.value.endswith("kill -9")
+    def __init__(self, text: str, done: bool, hangs: bool, kills: bool) -> None:  # noqa: FBT001 - a row of the table
+        """`done`: the server does what it was asked; `hangs`: the connection stays open, and silent."""
+        self.text = text
+        self.done = done
+        self.hangs = hangs
+        self.kills = kills  # the client's process
 
 
 class Point(NamedTuple):
@@ -122,7 +114,7 @@ class CallProxy(Proxy):
                 complete = True
             else:
                 complete = message[:1] in b"SQ"
-            if session.started and message[:1] in b"pX":  # a password, the end
+            if message[:1] in b"pX":  # a password, the end
                 passed += message
                 continue
             session.request.append(message)

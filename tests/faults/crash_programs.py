@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -36,12 +39,11 @@ from commandbus import (
     _batches,
     _database,
     _hints,
-    _send_buffer,
     troubleshooting,
 )
 from commandbus.migrate import migrate as migrate_database
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncWorker
-from commandbus.worker import heartbeat, listener, renewer, runner
+from commandbus.worker import heartbeat, listener, renewer
 from tests import blocking
 
 T = TypeVar("T")
@@ -74,16 +76,21 @@ def run(program: str, part: Part) -> None:
     """Run a program of this module to its end."""
     logging.basicConfig(filename=part.folder / "log", level=logging.INFO, force=True)
     _shorten()
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     asyncio.run(globals()[program](part)) if program in _PEOPLE else work(program, part)
+
+
+def _end_with_the_test() -> None:
+    """End this process when that of the test is gone: killed, it ends nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _shorten() -> None:
     """Let this process give up what hangs after a second, and send and act on few commands at a time."""
-    for function in (_database.Database.run, _database.Database.repeat, _database.Database.connection):
-        function.__defaults__ = (DEADLINE,)
-    for module in (_database, _send_buffer, runner):
-        module.CALL_SECONDS = DEADLINE  # type: ignore[attr-defined]
-    renewer._CALL_SECONDS = DEADLINE
+    _database.CALL_SECONDS = renewer._CALL_SECONDS = DEADLINE
     _hints._DEADLINE = heartbeat._ANSWER_SECONDS = listener._ANSWER_SECONDS = DEADLINE
     troubleshooting._LONG_SECONDS = DEADLINE
     troubleshooting._MAX_BATCH = _batches.MAX_ROWS = 2  # type: ignore[attr-defined]
@@ -92,14 +99,10 @@ def _shorten() -> None:
 # ------------------------------------------------------------------------------------------------- people's programs
 
 
-def _kinds(part: Part) -> Any:  # noqa: ANN401 - one of two modules
-    return blocking if part.mode == "sync" else commandbus
-
-
 async def _with_bus(part: Part, program: Callable[[Any], Awaitable[None]], **options: Any) -> None:
     """Open a bus, again until it succeeds, and use it."""
     while True:
-        bus = _kinds(part).CommandBus(part.dsn, **options)
+        bus = blocking.kinds(part.mode).CommandBus(part.dsn, **options)
         try:
             await bus.open()
         except DatabaseUnavailableError:
@@ -132,22 +135,18 @@ async def _until_done(act: Callable[[], Awaitable[T]]) -> T | None:
             await asyncio.sleep(_AGAIN)
 
 
-async def send(part: Part) -> None:
+async def send(part: Part, **options: Any) -> None:
     """Send a command, and let the library choose its id."""
 
     async def program(bus: Any) -> None:  # noqa: ANN401 - of either half
         await _until_known(lambda known: bus.send(part.domain, "Note", 1, command_id=known))
 
-    await _with_bus(part, program)
+    await _with_bus(part, program, **options)
 
 
 async def send_impatiently(part: Part) -> None:
     """The same, and give up before the call does."""
-
-    async def program(bus: Any) -> None:  # noqa: ANN401 - of either half
-        await _until_known(lambda known: bus.send(part.domain, "Note", 1, command_id=known))
-
-    await _with_bus(part, program, send_timeout=timedelta(seconds=DEADLINE / 3))
+    await send(part, send_timeout=timedelta(seconds=DEADLINE / 3))
 
 
 async def send_with_id(part: Part) -> None:
@@ -216,7 +215,7 @@ async def operate(part: Part) -> None:
     """Retry one parked command, cancel another, and complete a third."""
 
     async def program(bus: Any) -> None:  # noqa: ANN401 - of either half
-        queue = _kinds(part).TroubleshootingQueue(bus)
+        queue = blocking.kinds(part.mode).TroubleshootingQueue(bus)
         await _until_done(lambda: queue.operator_retry(part.domain, part.id(0), data="new", **WHO))
         await _until_done(lambda: queue.operator_cancel(part.domain, part.id(1), **WHO))
         await _until_done(lambda: queue.operator_complete(part.domain, part.id(2), result_data="by hand", **WHO))
@@ -229,7 +228,7 @@ async def operate_many(part: Part) -> None:
     which = TroubleshootingFilter(part.domain)
 
     async def program(bus: Any) -> None:  # noqa: ANN401 - of either half
-        queue = _kinds(part).TroubleshootingQueue(bus)
+        queue = blocking.kinds(part.mode).TroubleshootingQueue(bus)
 
         async def cancel_rest() -> bool:
             count: int = (await queue.preview(which)).count

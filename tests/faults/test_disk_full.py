@@ -6,39 +6,43 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-_APP = Path(__file__).with_name("apps") / "disk_full.py"
-_ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
+pytestmark = pytest.mark.timeout(450)  # more than its waits can come to
+
 # A mount that nobody else sees, and that is gone with the process. Who is not root is it in a user namespace.
 _UNSHARED = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
 
 
-@cache
-def can_mount() -> bool:
-    """Whether a tmpfs can be mounted here."""
+@pytest.fixture(scope="module", autouse=True)
+def _mounts() -> None:
+    """Fail with what to do where no tmpfs can be mounted."""
     mounting = [*_UNSHARED, "mount", "-t", "tmpfs", "none", "/mnt"]
     try:
-        return subprocess.run(mounting, check=False, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+        subprocess.run(mounting, check=True, capture_output=True, text=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.fail(
+            f"no tmpfs can be mounted here: {error} {getattr(error, 'stderr', '')}\n"
+            "These tests need util-linux, and root or user namespaces. Run them as root, or allow those: "
+            "sysctl kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0",
+            pytrace=False,
+        )
 
 
 def become_of(folder: Path, half: str, disk: str) -> dict[str, Any]:
     """What has become of the scenario in `apps/disk_full.py`."""
-    if not can_mount():
-        pytest.skip("no tmpfs can be mounted: this needs root, or user namespaces that are allowed")
     ended = subprocess.run(
-        [*_UNSHARED, sys.executable, _APP, folder, half, disk],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])},
+        [*_UNSHARED, sys.executable, "-m", "tests.faults.apps.disk_full", folder, half, disk],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=420,
     )
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)  # type: ignore[no-any-return]
@@ -62,7 +66,8 @@ def test_while_the_data_have_no_room_nothing_is_lost_and_nothing_charged(tmp_pat
     assert found["violations"] == 0
 
 
-@pytest.mark.parametrize("half", [pytest.param("async", marks=pytest.mark.long), "sync"])
+@pytest.mark.long
+@pytest.mark.parametrize("half", ["async", "sync"])
 def test_when_the_write_ahead_log_has_no_room_the_server_dies_and_nothing_is_lost(tmp_path: Path, half: str) -> None:
     """Somebody has to start it again. What a transactional handler had under way is an attempt: its session died."""
     found = become_of(tmp_path, half, "wal")

@@ -27,16 +27,28 @@ from commandbus import (
     SendRequest,
     SendTimeoutError,
     Worker,
+    _database,
 )
 from commandbus._database import Database
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.handlers import BlockingContext
 from commandbus.migrate import migrate
 from tests import blocking
-from tests.bus.support import DOMAIN, Connection, Row, ids, in_progress, one, rows, terminate, until
-from tests.support import Route, direct_only, eventually
-from tests.worker.support import AT_ONCE, LEASE, Watched, all_settled, echo, registry_of, running, settled
+from tests.bus.support import DOMAIN, Connection, ids, in_progress, one, rows, terminate, until
+from tests.support import Route, direct_only, eventually, sync_if_long
+from tests.worker.support import (
+    AT_ONCE,
+    Watched,
+    all_settled,
+    charged,
+    echo,
+    registry_of,
+    renewed,
+    running,
+    settled,
+)
 
+LEASE = timedelta(seconds=5)  # renewed after a third; a slow machine must not lose it by itself
 MINUTE = timedelta(minutes=1)
 WRITE = "INSERT INTO public.ledger VALUES (%s)"
 ROOM = 12  # what the limited login may have
@@ -92,22 +104,10 @@ def limited(dsn: str, db: Connection) -> Iterator[Limited]:
     db.execute(SQL("DROP ROLE {}").format(Identifier(name)))
 
 
-def charged(db: Connection) -> list[Row]:
-    """What each command was charged: deliveries, attempts, crashes; each combination once."""
-    return rows(db, "SELECT DISTINCT delivery, attempts, crashes FROM commandbus.commands WHERE domain = %s", DOMAIN)
-
-
-async def renewed(db: Connection, times: int) -> None:
-    """Come back when the leases have been renewed so often."""
-    moment = "SELECT min(lease_until) FROM commandbus.command WHERE status = 'IN_PROGRESS'"
-    for _ in range(times):
-        before = one(db, moment)
-        await until(lambda before=before: (one(db, moment) or before) > before, "a renewal")  # type: ignore[misc]
-
-
 # ------------------------------------------------------------------------------------------- the bus's pool
 
 
+@sync_if_long(pooled=True)
 async def test_busy_handlers_on_the_smallest_pool_all_end_with_their_first_delivery(
     route: Route, db: Connection
 ) -> None:
@@ -145,7 +145,7 @@ async def test_connections_that_are_never_given_back_cost_no_lease(dsn: str, db:
         pool = bus.database._pool
         leaked = [await pool.getconn() for _ in range(pool.max_size)]
         watched.go_on.set()
-        await renewed(db, 5)
+        await renewed(db, 2)
         assert one(db, "SELECT status FROM commandbus.commands") == "IN_PROGRESS"
         for connection in leaked:
             await pool.putconn(connection)
@@ -187,7 +187,7 @@ async def test_a_send_without_a_connection_is_withdrawn_and_the_next_one_arrives
                     await bus.send(DOMAIN, "Debit", 3)
 
 
-@direct_only
+@sync_if_long(pooled=False)
 async def test_a_first_long_lease_is_renewed_though_no_connection_is_left(
     route: Route, limited: Limited, db: Connection
 ) -> None:
@@ -203,13 +203,13 @@ async def test_a_first_long_lease_is_renewed_though_no_connection_is_left(
         limited.exhaust()
         receipt = await sender.send(DOMAIN, "Debit", None)
         await watched.started()
-        await renewed(db, 5)
+        await renewed(db, 2)
         watched.go_on.set()
         assert (await settled(sender, receipt)).result == "delivery 1"
     assert charged(db) == [(1, 1, 0)]
 
 
-@direct_only
+@sync_if_long(pooled=False)
 async def test_a_worker_that_has_no_connection_for_renewals_claims_nothing(
     route: Route, limited: Limited, db: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,7 +225,7 @@ async def test_a_worker_that_has_no_connection_for_renewals_claims_nothing(
     assert charged(db) == [(1, 1, 0)]
 
 
-@direct_only
+@sync_if_long(pooled=False)
 async def test_outcomes_wait_for_a_connection(
     route: Route,
     limited: Limited,
@@ -234,7 +234,6 @@ async def test_outcomes_wait_for_a_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All sessions of a worker are killed, and others take their places for a while."""
-    monkeypatch.setattr(Database.run, "__defaults__", (1.0,))  # not 10 s
     watched = Watched()
     async with (
         CommandBus(**route) as sender,
@@ -243,6 +242,7 @@ async def test_outcomes_wait_for_a_connection(
     ):
         sent = await sender.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(10)])
         await watched.started(10)
+        monkeypatch.setattr(_database, "CALL_SECONDS", 1.0)  # not 10
         limited.kill_all_but_the_hogs()
         watched.go_on.set()
         await until(lambda: "could not be recorded" in caplog.text, "an outcome that waits", 40)
@@ -283,11 +283,10 @@ def in_vain(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(AsyncConnectionPool, "getconn", counting_getconn)
     monkeypatch.setattr(Database, "connect_blocking", counting_connect_blocking)
-    monkeypatch.setattr(Database.connection.__wrapped__, "__defaults__", (1.0,))  # type: ignore[attr-defined] # not 10
     return found
 
 
-@direct_only
+@sync_if_long(pooled=False)
 @pytest.mark.parametrize("handler", [debit, debit_in_a_thread], ids=["async", "def"])
 async def test_a_transactional_handler_waits_for_its_connection_and_is_not_charged(
     route: Route,
@@ -315,11 +314,11 @@ async def test_a_transactional_handler_waits_for_its_connection_and_is_not_charg
     assert one(db, "SELECT count(*) FROM public.ledger") == 2
 
 
-@pytest.mark.parametrize("half", [CommandBus, blocking.CommandBus], ids=["async", "sync"])
-async def test_a_server_without_connections_costs_no_lease(tmp_path: Path, half: Any) -> None:  # noqa: ANN401
+@pytest.mark.parametrize("half", ["async", pytest.param("sync", marks=pytest.mark.long)])
+async def test_a_server_without_connections_costs_no_lease(tmp_path: Path, half: str) -> None:
     """Not a login's limit but the server's own: "too many clients"."""
     watched = Watched()
-    kind: Any = Worker if half is CommandBus else blocking.Worker
+    kinds = blocking.kinds(half)
     with (
         EmbeddedPostgres(tmp_path / "data", settings={"fsync": "off", "max_connections": "20"}) as server,
         psycopg.connect(server.dsn(), autocommit=True) as db,
@@ -327,20 +326,19 @@ async def test_a_server_without_connections_costs_no_lease(tmp_path: Path, half:
         migrate(server.dsn())
         everybody = Limited(server.dsn(), db, "postgres")
         async with (
-            half(server.dsn()) as bus,
-            running(kind(bus, DOMAIN, registry_of(Debit=watched.handler), lease=LEASE)),
+            kinds.CommandBus(server.dsn()) as bus,
+            running(kinds.Worker(bus, DOMAIN, registry_of(Debit=watched.handler), lease=LEASE)),
         ):
             receipt = await bus.send(DOMAIN, "Debit", None)
             await watched.started()
             everybody.exhaust()
             with pytest.raises(DatabaseUnavailableError, match="too many clients"):
-                await half(server.dsn()).open()
-            await renewed(db, 4)
+                await kinds.CommandBus(server.dsn()).open()
+            await renewed(db, 2)
             watched.go_on.set()
             assert (await settled(bus, receipt)).result == "delivery 1"
             everybody.relieve()
-            async with half(server.dsn()) as another:
+            async with kinds.CommandBus(server.dsn()) as another:
                 await settled(another, await another.send(DOMAIN, "Debit", None))
         assert charged(db) == [(1, 1, 0)]
-    while blocking.runtimes:
-        blocking.runtimes.pop().shutdown()
+    blocking.shutdown()

@@ -43,6 +43,7 @@ PATIENT = RetryPolicy(max_attempts=20, backoff=[timedelta(milliseconds=20)])
 EFFECT = "INSERT INTO effect VALUES (%s, %s)"
 WAITING = "SELECT array_agg(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
 CONNECTED = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'commandbus'"
+pytestmark = pytest.mark.timeout(600)  # more than its waits can come to
 SAMPLE_OF_20 = [pytest.param(n, marks=[pytest.mark.long] if n else []) for n in range(20)]
 
 
@@ -53,8 +54,7 @@ def pair(monkeypatch: pytest.MonkeyPatch, quiet_loop: None) -> Iterator[Cluster]
     with tempfile.TemporaryDirectory(prefix="commandbus-") as folder, cluster(Path(folder)) as pair:
         ask(pair.primary, "CREATE TABLE effect (command_id uuid, delivery bigint)")
         yield pair
-    while blocking.runtimes:
-        blocking.runtimes.pop().shutdown()
+    blocking.shutdown()
 
 
 class Flow:

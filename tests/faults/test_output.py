@@ -5,54 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from commandbus import CommandBus, Worker, cli  # noqa: F401 - `route` looks for the two by name
 from commandbus.cli.terminal import JsonLines, TextLines
-from tests.bus.support import Connection
 from tests.faults.payloads import CASES, DOMAIN, GOOD_VALUES, WORDS, Case, fits
-from tests.faults.test_payloads import LONG, SAMPLE, Stage, fuzzed
-from tests.support import Route, async_only
+from tests.faults.stage import EACH, LONG, SAMPLE, Stage, fuzzed
+from tests.support import async_only
 from tests.worker.support import PARKED
-
-EACH = 20
-Show = Callable[..., str]
-directly = async_only("the command line has a bus of its own", pooled=False)
-
-
-class Screen(io.StringIO):
-    """Takes what is shown, as a terminal does or as a file."""
-
-    def __init__(self, *, terminal: bool) -> None:
-        super().__init__()
-        self._terminal = terminal
-
-    def isatty(self) -> bool:
-        return self._terminal
-
-
-@pytest.fixture
-def show(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Show:
-    """Run a command line in this process, and return what it prints: `show(terminal, "list")`."""
-    monkeypatch.setenv("COMMAND_BUS_DSN", dsn)
-    monkeypatch.setenv("COLUMNS", "40")
-
-    def show(terminal: bool, *arguments: str) -> str:  # noqa: FBT001 - Hypothesis gives it
-        with monkeypatch.context() as patch:
-            screen = Screen(terminal=terminal)
-            patch.setattr(sys, "argv", ["commandbus", *arguments])
-            patch.setattr(sys, "stdout", screen)
-            patch.setattr(sys, "stderr", screen)
-            patch.setattr(logging.root, "handlers", [])  # the command line puts its own there
-            cli.main()
-            return screen.getvalue()
-
-    return show
 
 
 @pytest.fixture
@@ -65,20 +28,12 @@ def lines() -> Iterator[dict[str, io.StringIO]]:
         handlers.append(logging.StreamHandler(written[name]))
         handlers[-1].setFormatter(formatter)
         logger.addHandler(handlers[-1])
-    before, logger.level = logger.level, logging.DEBUG
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
     yield written
     logger.setLevel(before)
     for handler in handlers:
         logger.removeHandler(handler)
-
-
-@pytest.fixture
-def stage(route: Route, db: Connection) -> Iterator[Stage]:
-    stage = Stage(route, db)
-    with stage.runner:
-        stage.runner.run(stage.start())
-        yield stage
-        stage.runner.run(stage.end())
 
 
 def assert_harmless(shown: str) -> None:
@@ -87,14 +42,23 @@ def assert_harmless(shown: str) -> None:
         assert line.isprintable(), line
 
 
-@directly
+@async_only("the command line has a bus of its own", pooled=False)
 @pytest.mark.parametrize("examples", [SAMPLE // 5, pytest.param(LONG // 5, marks=pytest.mark.long)])
-def test_no_control_character_reaches_a_terminal_or_a_log(
-    stage: Stage, show: Show, lines: dict[str, io.StringIO], examples: int
+def test_no_control_character_reaches_a_terminal_or_a_log(  # noqa: PLR0917
+    lines: dict[str, io.StringIO],  # before the stage: the worker logs as it starts
+    stage: Stage,
+    show: Callable[..., str],
+    dsn: str,
+    examples: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    @settings(fuzzed, max_examples=examples)
+    monkeypatch.setenv("COLUMNS", "40")
+    levels = set()
+
+    @fuzzed(request.config, examples)
     @given(st.lists(CASES, min_size=EACH, max_size=EACH), st.booleans(), WORDS, GOOD_VALUES.filter(fits))
-    def look(cases: list[Case], terminal: bool, word: str, value: object) -> None:  # noqa: FBT001 - as above
+    def look(cases: list[Case], terminal: bool, word: str, value: object) -> None:  # noqa: FBT001 - Hypothesis gives it
         before = len(stage.seen)
         commands = stage.runner.run(stage.play(cases, as_batch=True))
         assert len(stage.seen) > before
@@ -116,16 +80,17 @@ def test_no_control_character_reaches_a_terminal_or_a_log(
             ["stats"],
             ["verify"],
         ):
-            assert_harmless(show(terminal, *arguments))
+            assert_harmless(show(dsn, *arguments, terminal=terminal))
             if not terminal and arguments[0] in {"list", "show"}:
-                json.loads(show(terminal, *arguments, "--json"))
-        check_log(lines)
+                json.loads(show(dsn, *arguments, "--json"))
+        levels.update(check_log(lines))
 
     look()
+    assert {"INFO", "WARNING"} <= levels
 
 
-def check_log(lines: dict[str, io.StringIO]) -> None:
-    """One record, one line, in both formats."""
+def check_log(lines: dict[str, io.StringIO]) -> set[str]:
+    """One record, one line, in both formats; returns the levels of those that were seen."""
     text, documents = (lines[name].getvalue() for name in ("text", "json"))
     assert_harmless(text)
     assert documents.isascii()
@@ -135,3 +100,4 @@ def check_log(lines: dict[str, io.StringIO]) -> None:
     for stream in lines.values():
         stream.seek(0)
         stream.truncate()
+    return {record["level"] for record in records}

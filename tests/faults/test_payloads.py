@@ -6,51 +6,42 @@ handler makes of it can be recorded and read.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
-import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any, cast
 from uuid import UUID
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from commandbus import (
     BusinessRuleError,
     Command,
-    CommandBus,
     CommandBusError,
     CommandError,
     CommandStatus,
-    HandlerRegistry,
     InvalidCommandError,
     PermanentCommandError,
-    RetryPolicy,
     SendRequest,
     TransientCommandError,
     TroubleshootingFilter,
     TroubleshootingQueue,
-    Worker,
 )
 from commandbus._limits import MAX_BYTES
-from tests import blocking
-from tests.bus.support import Connection, one, rows, until
+from tests.bus.support import Connection, one, rows
 from tests.faults.payloads import (
     ANY_TEXTS,
     ASYNC,
     BAD_COMMANDS,
-    BLOCKING,
     CASES,
     DOMAIN,
     JSON_TEXTS,
     MAX_DATA,
-    TRANSACTIONAL,
     VALUES,
     WORDS,
     Case,
@@ -59,112 +50,22 @@ from tests.faults.payloads import (
     fits,
     same,
 )
-from tests.support import Route, direct_only
+from tests.faults.stage import EACH, LONG, SAMPLE, Stage, fuzzed
+from tests.support import direct_only
 from tests.worker.support import PARKED
 
-EACH = 20  # commands of one example
-SAMPLE = 25  # examples; of each test and half, 500 commands
-LONG = 1250
 VERDICTS = (TransientCommandError, PermanentCommandError, BusinessRuleError)
 ID = UUID(int=7)
-_numbers = itertools.count()
 
-fuzzed = settings(phases=(Phase.explicit, Phase.generate), deadline=None, suppress_health_check=list(HealthCheck))
 lengths = pytest.mark.parametrize("examples", [SAMPLE, pytest.param(LONG, marks=pytest.mark.long)])
-
-
-class Stage:
-    """A bus and a worker on a loop of their own, which runs while an example does."""
-
-    def __init__(self, route: Route, db: Connection) -> None:
-        self.db = db
-        self.runner = asyncio.Runner()
-        self.seen: dict[str | None, Command] = {}
-        self._route = route
-        self._plans: dict[str | None, Case] = {}
-
-    def _registry(self) -> HandlerRegistry:
-        registry = HandlerRegistry()
-        policy = RetryPolicy(1)
-
-        def end(command: Command) -> object:
-            self.seen[command.reply_to] = command
-            plan = self._plans.get(command.reply_to)
-            if plan is None:
-                return command.data
-            if plan.error is not None:
-                raise plan.error
-            return plan.result
-
-        @registry.handler(DOMAIN, ASYNC, retry=policy)
-        async def on_the_loop(command: Command, context: object) -> object:
-            return end(command)
-
-        @registry.handler(DOMAIN, BLOCKING, retry=policy)
-        def in_a_thread(command: Command, context: object) -> object:
-            return end(command)
-
-        @registry.handler(DOMAIN, TRANSACTIONAL, transactional=True, retry=policy)
-        async def in_a_transaction(command: Command, context: object) -> object:
-            return end(command)
-
-        return registry
-
-    async def start(self) -> None:
-        self.bus = CommandBus(**self._route)
-        self._worker = Worker(self.bus, DOMAIN, self._registry(), concurrency=50, thread_pool_size=4)
-        await self.bus.open()
-        self._work = asyncio.ensure_future(self._worker.run())
-
-    async def end(self) -> None:
-        assert not self._work.done(), "the worker has ended by itself"
-        self._worker.stop()
-        await asyncio.wait_for(self._work, 40)
-        await self.bus.close()
-
-    async def play(self, cases: Sequence[Case], *, as_batch: bool) -> list[Command]:
-        """Send these, let them be handled, and return what became of each; a good one that follows is handled, too."""
-        requests = []
-        for case in cases:
-            name = f"case-{next(_numbers)}"
-            self._plans[name] = case
-            requests.append(SendRequest(**case.given, reply_to=name))
-        if as_batch:
-            receipts = await self.bus.send_batch(requests)
-        else:
-            receipts = await asyncio.gather(*(self.bus.send(**case_of(request)) for request in requests))
-        good = await self.bus.send(DOMAIN, ASYNC, "good")
-        await until(self.is_idle, "the end of all commands", timeout=60)
-        assert (await self.bus.get_command(good)).result == "good"
-        return [await self.bus.get_command(receipt) for receipt in receipts]
-
-    def is_idle(self) -> bool:
-        """Whether all commands are finished or parked."""
-        unfinished = "SELECT count(*) FROM commandbus.command WHERE status IN ('PENDING', 'SCHEDULED', 'IN_PROGRESS')"
-        return bool(one(self.db, unfinished) == 0)
-
-
-def case_of(request: SendRequest) -> dict[str, Any]:
-    """The arguments of `send` that say the same."""
-    return {name: getattr(request, name) for name in request.__slots__}
-
-
-@pytest.fixture
-def stage(route: Route, db: Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    # A loop that runs while Hypothesis draws would use `random` then, which Hypothesis takes for a fault of ours.
-    monkeypatch.setattr(blocking, "make_runtime", blocking.tests_loop)
-    db.execute("UPDATE commandbus.setting SET value = %s WHERE name = 'max_data_bytes'", [str(MAX_DATA)])
-    stage = Stage(route, db)
-    with stage.runner:
-        stage.runner.run(stage.start())
-        yield stage
-        stage.runner.run(stage.end())
 
 
 @direct_only
 @lengths
-def test_what_is_accepted_comes_back_and_ends_as_its_handler_says(stage: Stage, examples: int) -> None:
-    @settings(fuzzed, max_examples=examples)
+def test_what_is_accepted_comes_back_and_ends_as_its_handler_says(
+    stage: Stage, examples: int, request: pytest.FixtureRequest
+) -> None:
+    @fuzzed(request.config, examples)
     @given(st.lists(CASES, min_size=EACH, max_size=EACH), st.booleans())
     def play(cases: list[Case], as_batch: bool) -> None:  # noqa: FBT001 - Hypothesis gives it
         commands = stage.runner.run(stage.play(cases, as_batch=as_batch))
@@ -211,8 +112,10 @@ def check_ending(case: Case, command: Command) -> None:
 
 @direct_only
 @lengths
-def test_what_is_refused_is_refused_by_type_and_nothing_is_written(stage: Stage, examples: int) -> None:
-    @settings(fuzzed, max_examples=examples)
+def test_what_is_refused_is_refused_by_type_and_nothing_is_written(
+    stage: Stage, examples: int, request: pytest.FixtureRequest
+) -> None:
+    @fuzzed(request.config, examples)
     @given(st.lists(BAD_COMMANDS, min_size=EACH, max_size=EACH), CASES)
     def refuse(bad: list[Case], good: Case) -> None:
         async def send() -> None:
@@ -232,8 +135,10 @@ def test_what_is_refused_is_refused_by_type_and_nothing_is_written(stage: Stage,
 
 @direct_only
 @lengths
-def test_what_another_language_sends_is_refused_handled_or_parked_as_unreadable(stage: Stage, examples: int) -> None:
-    @settings(fuzzed, max_examples=examples)
+def test_what_another_language_sends_is_refused_handled_or_parked_as_unreadable(
+    stage: Stage, examples: int, request: pytest.FixtureRequest
+) -> None:
+    @fuzzed(request.config, examples)
     @given(st.lists(JSON_TEXTS, min_size=EACH, max_size=EACH))
     def send(texts: list[str]) -> None:
         sent = {command_id: text for text in texts if (command_id := send_in_sql(stage.db, text))}
@@ -290,8 +195,10 @@ def cursor_with(text: str) -> str:
 
 @direct_only
 @lengths
-def test_a_question_with_hostile_words_has_an_answer_or_a_typed_error(stage: Stage, examples: int) -> None:
-    @settings(fuzzed, max_examples=4 * examples)
+def test_a_question_with_hostile_words_has_an_answer_or_a_typed_error(
+    stage: Stage, examples: int, request: pytest.FixtureRequest
+) -> None:
+    @fuzzed(request.config, 4 * examples)
     @given(st.sampled_from(sorted(ASKING)), ANY_TEXTS)
     def ask(name: str, text: str) -> None:
         async def answer() -> None:
@@ -305,7 +212,9 @@ def test_a_question_with_hostile_words_has_an_answer_or_a_typed_error(stage: Sta
 
 @direct_only
 @lengths
-def test_what_an_operator_says_and_edits_is_kept_or_refused(stage: Stage, examples: int) -> None:
+def test_what_an_operator_says_and_edits_is_kept_or_refused(
+    stage: Stage, examples: int, request: pytest.FixtureRequest
+) -> None:
     acts = st.tuples(st.sampled_from(["retry", "cancel", "complete"]), WORDS, WORDS, VALUES)
 
     async def act(name: str, command: Command, operator: str, reason: str, value: object) -> None:
@@ -340,7 +249,7 @@ def test_what_an_operator_says_and_edits_is_kept_or_refused(stage: Stage, exampl
                 TroubleshootingFilter(DOMAIN), expected_count=count, operator="ana", reason="the words were refused"
             )
 
-    @settings(fuzzed, max_examples=examples)
+    @fuzzed(request.config, examples)
     @given(st.lists(acts, min_size=EACH // 2, max_size=EACH // 2), WORDS, WORDS)
     def operate(given: list[tuple[str, str, str, object]], operator: str, reason: str) -> None:
         parked = [Case({"domain": DOMAIN, "command_type": ASYNC, "data": 1}, error=Mute()) for _ in given]

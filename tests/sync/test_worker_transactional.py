@@ -12,7 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from commandbus import BusinessRuleError, Command, CommandBus, CommandStatus, SendRequest, Worker
-from commandbus._database import CALL_SECONDS, Database
+from commandbus._database import Database
 from commandbus.handlers import BlockingContext
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncRuntime
 from commandbus.worker.transactions import BlockingConnections
@@ -258,7 +258,7 @@ async def test_only_a_session_of_our_own_is_reset(dsn: str, pooler: str, db: Con
     """Behind a pooler it would be that of somebody else."""
     route = make_conninfo(pooler, dbname=conninfo_to_dict(dsn)["dbname"]) if pooled else dsn
     database = Database(route, connections=1, application_name="test", transaction_pooler=pooled)
-    connections = BlockingConnections(database, CALL_SECONDS)
+    connections = BlockingConnections(database)
     with connections.transaction(lambda _: True) as connection:
         connection.execute("SELECT 1")
     assert len(handler_sessions(db)) == (0 if pooled else 1)

@@ -25,7 +25,7 @@ from commandbus import (
     StopReport,
     Worker,
 )
-from tests.bus.support import DOMAIN, until
+from tests.bus.support import DOMAIN, Connection, Row, one, rows, until
 from tests.support import Route, aeventually
 
 LEASE = timedelta(seconds=1)  # the shortest there is
@@ -124,6 +124,19 @@ async def story(bus: CommandBus, receipt: Receipt) -> list[str]:
 async def events(bus: CommandBus, receipt: Receipt, name: str) -> list[AuditEvent]:
     """The events of this name."""
     return [event for event in await bus.get_audit_trail(receipt) if event.event == name]
+
+
+def charged(db: Connection) -> list[Row]:
+    """What each command was charged: deliveries, attempts, crashes; each combination once."""
+    return rows(db, "SELECT DISTINCT delivery, attempts, crashes FROM commandbus.commands WHERE domain = %s", DOMAIN)
+
+
+async def renewed(db: Connection, times: int = 1) -> None:
+    """Come back when all leases that there are have been renewed so often."""
+    earliest = "SELECT min(lease_until) FROM commandbus.command WHERE status = 'IN_PROGRESS'"
+    for _ in range(times):
+        before = one(db, earliest)
+        await until(lambda before=before: (one(db, earliest) or before) > before, "a renewal")  # type: ignore[misc]
 
 
 def counter(function: Callable[..., Awaitable[Any]], calls: list[Any]) -> Callable[..., Awaitable[Any]]:

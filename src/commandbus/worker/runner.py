@@ -14,8 +14,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import psycopg
 
+from commandbus import _database
 from commandbus._connections import adopt, drive, drive_blocking
-from commandbus._database import CALL_SECONDS, Database, execute, transaction
+from commandbus._database import Database, execute, transaction
 from commandbus._failures import brief, is_connection_lost, is_short_of, printable
 from commandbus.bus import CommandBus
 from commandbus.errors import DatabaseUnavailableError, LeaseLostError, TransientCommandError
@@ -72,7 +73,7 @@ class Runner:
         self._bus = bus
         self._threads = threads
         self._transactions = transactions
-        self._connections = None if transactions is None else BlockingConnections(transactions, CALL_SECONDS)
+        self._connections = None if transactions is None else BlockingConnections(transactions)
         self._context = context
         self._middleware = middleware
         self._finish = finish
@@ -110,7 +111,7 @@ class Runner:
         await asyncio.sleep(0)  # a task that is cancelled before its first step would never tell of its end
         for task in list(self._tasks):
             task.cancel()
-        await self.wait(CALL_SECONDS)
+        await self.wait(_database.CALL_SECONDS)
 
     def close(self) -> None:
         """Close the connections of transactional `def` handlers."""
@@ -314,12 +315,12 @@ class Runner:
 
     async def _transact(self, lease: Lease, command: Command) -> None:
         assert self._transactions is not None  # noqa: S101 - opened for every registry with such a handler
-        async with self._transactions.connection(inf) as connection, transaction(connection, CALL_SECONDS):
+        async with self._transactions.connection(inf) as connection, transaction(connection):
 
             def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
                 if wanted is RUN:
                     return self._bounded(lease, self._call(lease, command, connection))
-                return execute(connection, wanted, CALL_SECONDS)
+                return execute(connection, wanted)
 
             await drive(handle(lease, self._completed), perform)
 

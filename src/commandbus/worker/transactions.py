@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import psycopg
 
-from commandbus import _calls
+from commandbus import _calls, _database
 from commandbus._connections import Steps, Work, arun_on, run_on
 from commandbus._database import Database, hung_up, reset_blocking, sever
 from commandbus._failures import is_refusal
@@ -113,9 +113,8 @@ class BlockingConnections:
     Not psycopg's blocking pool: it has threads of its own, which cannot be started when the interpreter exits.
     """
 
-    def __init__(self, database: Database, timeout: float) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._idle: list[psycopg.Connection[Any]] = []
         self._closed = False
@@ -167,8 +166,8 @@ class BlockingConnections:
         """
         timers: list[asyncio.TimerHandle] = []
         over = threading.Event()  # the loop may be late with the timer, and the connection somebody else's by then
-        expire = partial(_sever_unless, over, connection)
-        self._on_loop(lambda: timers.append(self._loop.call_later(self._timeout, expire)))
+        expire, seconds = partial(_sever_unless, over, connection), _database.CALL_SECONDS
+        self._on_loop(lambda: timers.append(self._loop.call_later(seconds, expire)))
         try:
             yield
         finally:

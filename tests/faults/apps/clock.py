@@ -1,4 +1,4 @@
-"""A worker in a process whose wall clock jumps: `python clock.py DSN HALF LEASE_SECONDS`.
+"""A worker in a process whose wall clock jumps: `python -m tests.faults.apps.clock DSN HALF LEASE`.
 
 The clock is replaced before anything else is imported, as if the machine's had been set; the monotonic one goes on.
 """
@@ -49,7 +49,6 @@ from commandbus import (
     RetryPolicy,
     SendRequest,
     TransientCommandError,
-    Worker,
 )
 from commandbus.handlers import BlockingContext
 from tests import blocking
@@ -106,9 +105,9 @@ async def send(command: Command, context: HandlerContext) -> list[str]:
 
 async def main(dsn: str, half: str, lease: str) -> None:
     """Work until a signal."""
-    kinds: Any = (CommandBus, Worker) if half == "async" else (blocking.CommandBus, blocking.Worker)
-    async with kinds[0](dsn) as bus:
-        worker = kinds[1](bus, DOMAIN, registry, lease=timedelta(seconds=float(lease)))
+    kinds = blocking.kinds(half)
+    async with kinds.CommandBus(dsn) as bus:
+        worker = kinds.Worker(bus, DOMAIN, registry, lease=timedelta(seconds=float(lease)))
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)  # the blocking one is in a thread
         await worker.run()
 
@@ -116,5 +115,4 @@ async def main(dsn: str, half: str, lease: str) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     asyncio.run(main(*sys.argv[1:]))
-    while blocking.runtimes:
-        blocking.runtimes.pop().shutdown()
+    blocking.shutdown()

@@ -1,6 +1,7 @@
-"""A private PostgreSQL whose disk fills up under a bus and a worker: `python disk_full.py FOLDER HALF DISK`.
+"""A private PostgreSQL whose disk fills up under a bus and a worker.
 
-HALF is async or sync, DISK is data or wal. Runs where it may mount a tmpfs. Prints as JSON what has become of it.
+`python -m tests.faults.apps.disk_full FOLDER HALF DISK`: HALF is async or sync, DISK is data or wal. Runs where it may
+mount a tmpfs. Prints as JSON what has become of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from psycopg import AsyncConnection
 
-from commandbus import Command, CommandBus, CommandStatus, HandlerContext, HandlerRegistry, Receipt, Worker
+from commandbus import Command, CommandStatus, HandlerContext, HandlerRegistry, Receipt
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.errors import CommandBusError
 from commandbus.migrate import migrate
@@ -163,11 +164,11 @@ async def main(folder: Path, half: str, disk: str) -> dict[str, Any]:
     (theirs,) = server.data_dir.glob("pg*/server.log")
     migrate(server.dsn())
     handlers = Handlers()
-    kinds: Any = (CommandBus, Worker) if half == "async" else (blocking.CommandBus, blocking.Worker)
+    kinds = blocking.kinds(half)
     async with await AsyncConnection.connect(server.dsn()) as connection:
         await connection.execute("CREATE TABLE public.ledger (command_id uuid NOT NULL)")
-    async with kinds[0](server.dsn(), send_timeout=timedelta(seconds=3)) as bus:
-        worker = kinds[1](bus, DOMAIN, handlers.registry, lease=timedelta(minutes=5))
+    async with kinds.CommandBus(server.dsn(), send_timeout=timedelta(seconds=3)) as bus:
+        worker = kinds.Worker(bus, DOMAIN, handlers.registry, lease=timedelta(minutes=5))
         working = asyncio.create_task(worker.run())
         scenario = Scenario(bus, handlers)
         for command_type in ("Wait", "Wait", "Book", "Book", "Fail"):
@@ -209,5 +210,4 @@ async def main(folder: Path, half: str, disk: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))))  # noqa: T201 - the test reads it
-    while blocking.runtimes:
-        blocking.runtimes.pop().shutdown()
+    blocking.shutdown()

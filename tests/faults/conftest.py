@@ -38,8 +38,13 @@ def show(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             patch.setattr(sys, "argv", ["commandbus", *arguments])
             patch.setattr(sys, "stdout", screen)
             patch.setattr(sys, "stderr", screen)
-            patch.setattr(logging.root, "handlers", [])  # the command line puts its own there
-            cli.main()
+            patch.setattr(logging.root, "handlers", [])  # the command line puts its own there, and sets levels
+            before = {logger: logger.level for logger in (logging.root, logging.getLogger("psycopg.pool"))}
+            try:
+                cli.main()
+            finally:
+                for logger, level in before.items():
+                    logger.setLevel(level)
         return screen.getvalue()
 
     return show

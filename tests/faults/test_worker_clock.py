@@ -56,7 +56,7 @@ def worker_process(dsn: str, half: str, log: Path) -> Iterator[subprocess.Popen[
         process.wait()
 
 
-@pytest.mark.parametrize("half", ["async", "sync"])
+@pytest.mark.parametrize("half", ["async", pytest.param("sync", marks=pytest.mark.long)])
 async def test_a_clock_that_jumps_changes_nothing(dsn: str, db: Connection, tmp_path: Path, half: str) -> None:
     log = tmp_path / "log"
     minted: list[str] = []

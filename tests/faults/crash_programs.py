@@ -351,6 +351,10 @@ def _handler(program: str, part: Part) -> Callable[[Command, HandlerContext], Aw
     return handler
 
 
+# Nobody can interrupt a thread that waits for its own frozen connection: the server has to let go of the command's row.
+_OWN_OPTIONS = "-c idle_in_transaction_session_timeout=2s"
+
+
 def _blocking_handler(program: str, part: Part) -> Callable[[Command, SyncHandlerContext], object]:
     def handler(command: Command, context: SyncHandlerContext) -> object:
         while _waits(program, part):
@@ -362,7 +366,7 @@ def _blocking_handler(program: str, part: Part) -> Callable[[Command, SyncHandle
             context.connection.execute(_EFFECT, row)
             context.bus.send(part.domain, "Follow", command.data, connection=context.connection)
         elif program == "complete_own":
-            with psycopg.connect(part.dsn) as own:
+            with psycopg.connect(part.dsn, options=_OWN_OPTIONS) as own:
                 own.execute(_EFFECT, row)
                 context.complete_on(own, command.data)
         return _verdict(program, part, command, context.attempt)

@@ -183,7 +183,7 @@ Answers: TypeAlias = dict[UUID, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Round:
     """What a round of a worker brought: commands, and which completions were `undone`, busy or lost.
 
     `next_due`: when the next SCHEDULED command is due, counted from now.
@@ -209,13 +209,13 @@ def work(
     completions: Sequence[str] = (),
     sweep: bool = False,
     alone: bool = False,
-) -> Call[Work]:
+) -> Call[Round]:
     """Record these completions, then lease up to `limit` commands; see `work_v1`."""
 
-    def read(rows: list[Row]) -> Work:
+    def read(rows: list[Row]) -> Round:
         *found, (*_, next_due, alone_waiting, _) = rows
         undone = sum(row[-1] is not None for row in found)
-        return Work(
+        return Round(
             [Claimed._make((domain, *row[:-3])) for row in found[undone:]],
             None if next_due is None else timedelta(seconds=next_due),
             alone_waiting,

@@ -26,7 +26,7 @@ from commandbus import (
     Worker,
     _calls,
 )
-from commandbus._calls import Call, Work
+from commandbus._calls import Call, Round
 from commandbus._limits import MAX_BYTES
 from commandbus.worker.claimer import Claimer
 from commandbus.worker.finisher import Finisher
@@ -275,7 +275,7 @@ async def test_results_just_small_enough_are_recorded_though_they_end_together(
     met, sizes = asyncio.Barrier(8), []
     work = _calls.work
 
-    def noting(*args: Any, completions: Sequence[str] = (), **more: Any) -> Call[Work]:
+    def noting(*args: Any, completions: Sequence[str] = (), **more: Any) -> Call[Round]:
         sizes.append(sum(map(len, completions)))
         return work(*args, completions=completions, **more)
 

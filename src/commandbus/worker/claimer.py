@@ -14,7 +14,7 @@ from datetime import timedelta
 import psycopg
 
 from commandbus import _calls
-from commandbus._calls import Claimed, Work
+from commandbus._calls import Claimed, Round
 from commandbus._database import Database
 from commandbus._failures import brief
 from commandbus.errors import CommandBusError
@@ -135,7 +135,7 @@ class Claimer:
                 found += await self._run_alone(lane)
         return found
 
-    async def _work(self, lane: Lane, limit: int, outcomes: list[Outcome]) -> Work:
+    async def _work(self, lane: Lane, limit: int, outcomes: list[Outcome]) -> Round:
         """Claim behind the remembered places; now and then from the start, looking for expired leases as well.
 
         The same call records these completions.

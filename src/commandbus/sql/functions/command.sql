@@ -103,13 +103,16 @@ END $$;
 -- _finish: the one door to a terminal status. Moves rows that the caller has locked, with their events, to history.
 -- any unfinished -> p_status. p_items: [{command_id, lease_token, result, error}, ...]; a lease_token there says
 -- that a worker finished it, which counts as an attempt.
--- Locks: the rows (held already), then their events.
+-- Replies go out and batches are counted here, so that nothing can end without them.
+-- Locks: the rows (held already), then their events, then their batches by id.
 CREATE OR REPLACE FUNCTION commandbus._finish(p_held tid[], p_status text, p_items json) RETURNS uuid[]
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now      timestamptz := commandbus.clock();
     v_done     uuid[];
     v_eventful uuid[];
+    v_asked    uuid[];
+    v_batches  uuid[];
     v_domain   text;
 BEGIN
     IF cardinality(p_held) = 0 THEN
@@ -122,19 +125,21 @@ BEGIN
         INSERT INTO commandbus.command_history AS h
             (domain, command_id, command_type, status, priority, max_attempts, attempts, crashes, events, delivery,
              lease_token, lease_until, claimed_at, worker, presented_token, sent_at, not_before, finished_at,
-             correlation_id, reply_to, data_hash, data, headers, result, error)
+             correlation_id, reply_to, batch_id, data_hash, data, headers, result, error)
         SELECT g.domain, g.command_id, g.command_type, p_status, g.priority, g.max_attempts,
                g.attempts + CASE WHEN i.lease_token IS NULL THEN 0 ELSE 1 END, g.crashes, g.events, g.delivery,
                g.lease_token, g.lease_until, g.claimed_at, g.worker, i.lease_token, g.sent_at, g.not_before, v_now,
-               g.correlation_id, g.reply_to, g.data_hash, g.data, g.headers, i.result,
+               g.correlation_id, g.reply_to, g.batch_id, g.data_hash, g.data, g.headers, i.result,
                CASE WHEN p_status = 'COMPLETED' THEN NULL ELSE coalesce(i.error, g.error) END
         FROM gone g
         JOIN json_to_recordset(p_items) AS i(command_id uuid, lease_token uuid, result jsonb, error jsonb)
           ON i.command_id = g.command_id
-        RETURNING h.domain, h.command_id, h.events
+        RETURNING h.domain, h.command_id, h.events, h.reply_to, h.batch_id
     )
-    SELECT array_agg(m.command_id), array_agg(m.command_id) FILTER (WHERE m.events > 0), min(m.domain)
-      INTO v_done, v_eventful, v_domain FROM moved m;
+    SELECT array_agg(m.command_id), array_agg(m.command_id) FILTER (WHERE m.events > 0), min(m.domain),
+           array_agg(m.command_id) FILTER (WHERE m.reply_to IS NOT NULL),
+           array_agg(m.batch_id) FILTER (WHERE m.batch_id IS NOT NULL)
+      INTO v_done, v_eventful, v_domain, v_asked, v_batches FROM moved m;
     IF v_eventful IS NOT NULL THEN
         WITH gone AS (
             DELETE FROM commandbus.audit_event e
@@ -147,6 +152,12 @@ BEGIN
                g.attempt, g.worker, g.claimed_at, g.lease_token, g.presented_token, g.operator, g.reason, g.error,
                g.details, v_now
         FROM gone g;
+    END IF;
+    IF v_asked IS NOT NULL THEN
+        PERFORM commandbus._reply(v_domain, v_asked, v_now);
+    END IF;
+    IF v_batches IS NOT NULL THEN
+        PERFORM commandbus._count(v_domain, v_batches, p_status);
     END IF;
     RETURN coalesce(v_done, '{}');
 END $$;

@@ -1,6 +1,6 @@
 -- send_v1: accepts commands. Durable when the caller's transaction commits.
--- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, max_attempts, delay
--- (seconds), priority, minted}, ...]. Without command_id one is made. One that is given is looked up in history too,
+-- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, batch_id, max_attempts,
+-- delay (seconds), priority, minted}, ...]. Without command_id one is made. One that is given is looked up in history too,
 -- unless minted: the library has made it for this very call.
 -- p_lock_timeout (milliseconds): so that a flush of many callers' commands does not wait for the rival of one.
 -- (sent) -> PENDING | SCHEDULED. An answer a row, in order: accepted, duplicate (same type and data as first
@@ -20,6 +20,7 @@ SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_now     timestamptz := commandbus.clock();
     v_name    CONSTANT text := '^[A-Za-z0-9_.:-]{1,128}$';
+    v_reply   CONSTANT text := '^[?]?[A-Za-z0-9_.:-]{1,128}$';
     v_longest CONSTANT double precision := 315360000;  -- seconds: ten years
     r         record;
 BEGIN
@@ -29,8 +30,8 @@ BEGIN
     FOR r IN
         WITH given AS MATERIALIZED (
             SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type, g.data,
-                   coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
-                   coalesce(g.priority, 0::smallint) AS priority,
+                   coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.batch_id,
+                   g.max_attempts, coalesce(g.priority, 0::smallint) AS priority,
                    g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
                    CASE WHEN g.delay BETWEEN 0 AND v_longest
                         THEN v_now + make_interval(secs => g.delay) END AS not_before,
@@ -45,30 +46,30 @@ BEGIN
                         WHEN jsonb_typeof(g.headers) <> 'object' OR octet_length(g.headers::text) > 8192
                           OR jsonb_path_exists(g.headers, 'strict $.* ? (@.type() != "string")') THEN 'headers'
                         WHEN length(g.correlation_id) > 256 THEN 'correlation_id'
-                        WHEN g.reply_to !~ v_name THEN 'reply_to'
+                        WHEN g.reply_to !~ v_reply THEN 'reply_to'
                         WHEN g.priority NOT BETWEEN -100 AND 100 THEN 'priority'
                         WHEN g.max_attempts NOT BETWEEN 1 AND 1000000 THEN 'max_attempts'
                         WHEN g.delay NOT BETWEEN 0 AND v_longest THEN 'delay' END AS wrong,
                    sha256(convert_to(g.command_type || ' ' || g.data_text, 'UTF8')) AS data_hash
             FROM (SELECT f.domain, f.command_id, f.command_type, coalesce(f.data, 'null') AS data,
                          coalesce(f.data, 'null')::text AS data_text, f.headers, f.correlation_id, f.reply_to,
-                         f.max_attempts, f.delay, f.priority, f.minted, f.n
+                         f.batch_id, f.max_attempts, f.delay, f.priority, f.minted, f.n
                   FROM ROWS FROM (json_to_recordset(p_commands::json) AS
                       (domain text, command_id uuid, command_type text, data jsonb, headers jsonb,
-                       correlation_id text, reply_to text, max_attempts integer, delay double precision,
-                       priority smallint, minted boolean))
+                       correlation_id text, reply_to text, batch_id uuid, max_attempts integer,
+                       delay double precision, priority smallint, minted boolean))
                        WITH ORDINALITY AS f(domain, command_id, command_type, data, headers, correlation_id, reply_to,
-                                            max_attempts, delay, priority, minted, n)
+                                            batch_id, max_attempts, delay, priority, minted, n)
                   OFFSET 0) g  -- or the text would be made twice
         ), inserted AS (
             INSERT INTO commandbus.command AS c
                 (domain, command_id, command_type, status, place, due_at, priority, max_attempts, sent_at,
-                 not_before, correlation_id, reply_to, data_hash, data, headers)
+                 not_before, correlation_id, reply_to, batch_id, data_hash, data, headers)
             SELECT g.domain, g.command_id, g.command_type,
                    CASE WHEN g.not_before > v_now THEN 'SCHEDULED' ELSE 'PENDING' END,
                    CASE WHEN g.not_before > v_now THEN NULL ELSE commandbus._place(g.priority) END,
                    CASE WHEN g.not_before > v_now THEN g.not_before END,
-                   g.priority, g.max_attempts, v_now, g.not_before, g.correlation_id, g.reply_to,
+                   g.priority, g.max_attempts, v_now, g.not_before, g.correlation_id, g.reply_to, g.batch_id,
                    g.data_hash, g.data, g.headers
             FROM given g WHERE g.wrong IS NULL ORDER BY g.domain, g.command_id, g.n
             ON CONFLICT (domain, command_id) DO NOTHING

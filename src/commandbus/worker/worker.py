@@ -91,7 +91,7 @@ class Worker:
         self._stops = 0
         self._ended_before: Counter[type[Ending]] | None = None
         self._hurry = asyncio.Event()
-        self._threads = HandlerThreads(self.name)
+        self._threads = HandlerThreads(self.name, self._thread_pool_size)
         self._failure: BaseException | None = None
 
     async def run(self) -> StopReport:
@@ -198,7 +198,7 @@ class Worker:
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
 
     def _free_threads(self) -> int:
-        return min(self._free(), self._thread_pool_size - self._runner.in_threads)
+        return min(self._free(), self._thread_pool_size - self._runner.blocking.taken)
 
     def _free_transactions(self) -> int:
         running = sum(lease.handler.transactional for lease in self._leases)
@@ -337,9 +337,9 @@ class Worker:
             return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
         lease.cancelled = True
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
-        if self._loop is not None and lease.task is not None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(lease.task.cancel)
+                self._loop.call_soon_threadsafe(self._runner.lose, lease)
 
 
 async def _ended(tasks: set[asyncio.Task[None]]) -> None:

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, TypeAlias, cast
 
 import psycopg
@@ -28,6 +30,12 @@ from commandbus.worker.verdicts import TimedOutCommandError, Verdicts
 
 logger = logging.getLogger("commandbus.worker")
 
+_AHEAD_SECONDS = 0.01  # of work for all threads may wait: a claim takes 2 to 4 ms on a busy machine
+_PATIENCE = 1.0  # seconds that a command may wait here for a thread, while another worker may have one
+_SMOOTH = 1 / 16
+
+Returned: TypeAlias = tuple[Ending | None, float]
+"""How a handler ended, and after how many seconds; None: it never began."""
 NewContext: TypeAlias = Callable[[Command, Lease, psycopg.Connection[Any] | None], BlockingContext[Any]]
 
 
@@ -63,8 +71,10 @@ class BlockingRunner:
         self._freed = freed
         self._loop = asyncio.get_running_loop()
         self._surroundings = contextvars.copy_context()
-        self._returned: deque[tuple[Lease, Ending]] = deque()
+        self._returned: deque[tuple[Lease, Returned]] = deque()
         self._told = False
+        self._seconds = inf  # that a handler takes, lately
+        self._looking = False
         self._timers: dict[Lease, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
@@ -79,6 +89,30 @@ class BlockingRunner:
     def start(self, leases: list[Lease]) -> None:
         """Run the handlers of these leases; does not wait."""
         self._threads.submit(leases, self._run, self._tell, unfinished=self.taken)
+        if not self._looking and self.taken > self._threads.size:
+            self._looking = True
+            self._loop.call_later(_PATIENCE, self._look)
+
+    def room(self) -> int:
+        """How many more may be claimed to wait for a thread: none unless the handlers are short."""
+        waiting = max(0, self.taken - self._threads.size)
+        return int(self._threads.size * _AHEAD_SECONDS / max(self._seconds, 1e-6)) - waiting
+
+    def give_back(self, before: float = inf) -> bool:
+        """Release what was submitted before that and has not begun; whether there was anything."""
+        waiting = self._threads.withdraw(before)
+        self.taken -= len(waiting)
+        for lease in waiting:
+            self.give_up(lease)
+        return bool(waiting)
+
+    def _look(self) -> None:
+        """Give back what has waited for too long, and look no further ahead until a handler has returned."""
+        if self.give_back(time.monotonic() - _PATIENCE):
+            self._seconds = inf
+        self._looking = self.taken > self._threads.size
+        if self._looking:
+            self._loop.call_later(_PATIENCE, self._look)
 
     def give_up(self, lease: Lease) -> None:
         """End this lease. Its thread cannot be killed: it stays taken until the handler returns."""
@@ -112,11 +146,14 @@ class BlockingRunner:
     def _settle(self) -> None:
         self._told = False  # first: what returns from now on tells again
         while self._returned:
-            lease, ending = self._returned.popleft()
+            lease, (ending, seconds) = self._returned.popleft()
             self.taken -= 1
+            if ending is not None:
+                lately = seconds if self._seconds == inf else self._seconds
+                self._seconds = lately + (seconds - lately) * _SMOOTH
             if lease in self._held:
-                self._conclude(lease, ending)
-            else:
+                self._conclude(lease, ending or Recorded())
+            elif ending is not None:
                 logger.warning("a handler ended after it was given up", extra=lease.log_extra(self._worker))
         self._freed()
 
@@ -131,9 +168,9 @@ class BlockingRunner:
 
     # -- in a thread ---------------------------------------------------------------------------------------------------
 
-    def _tell(self, lease: Lease, ending: Ending) -> None:
+    def _tell(self, lease: Lease, returned: Returned) -> None:
         """Tell the loop of an ending, unless it is about to look."""
-        self._returned.append((lease, ending))
+        self._returned.append((lease, returned))
         if self._told:
             return
         self._told = True
@@ -143,19 +180,21 @@ class BlockingRunner:
             self._told = False
             logger.warning("a handler ended after its worker", extra=lease.log_extra(self._worker))
 
-    def _run(self, lease: Lease) -> Ending:
+    def _run(self, lease: Lease) -> Returned:
+        if lease.cancelled:
+            return None, 0.0
+        began = time.monotonic()
         if (timeout := lease.handler.timeout) is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._watch, lease, timeout.total_seconds())
         try:
-            return self._surroundings.copy().run(self._ending, lease)
+            ending = self._surroundings.copy().run(self._ending, lease)
         except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
-            return self._verdicts.failed(error, lease)
+            ending = self._verdicts.failed(error, lease)
+        return ending, time.monotonic() - began
 
     def _ending(self, lease: Lease) -> Ending:
-        """Run the handler; whatever happens is an ending. Nothing is told of one that was given up meanwhile."""
-        if lease.cancelled:
-            return Recorded()
+        """Run the handler; whatever happens is an ending. Nothing is logged of one that was given up meanwhile."""
         try:
             command = lease.claimed.command(self._worker)
         except (ValueError, RecursionError) as error:

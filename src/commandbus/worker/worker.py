@@ -137,6 +137,7 @@ class Worker:
     def _stop(self) -> None:
         self._stops += 1
         self._claimer.stop()
+        self._runner.blocking.give_back()
         if self._stops > 1:
             self._hurry.set()
 
@@ -183,7 +184,8 @@ class Worker:
             "transaction": self._free_transactions,
             "thread with a transaction": lambda: min(self._free_threads(), self._free_transactions()),
         }
-        return [Lane(domain, types, free[kind]) for (domain, kind), types in lanes.items()]
+        ahead = {"thread": self._free_ahead}
+        return [Lane(domain, types, free[kind], ahead.get(kind, lambda: 0)) for (domain, kind), types in lanes.items()]
 
     def _heartbeat(self, database: Database) -> Heartbeat:
         types: dict[str, list[str]] = {}
@@ -199,6 +201,10 @@ class Worker:
 
     def _free_threads(self) -> int:
         return min(self._free(), self._thread_pool_size - self._runner.blocking.taken)
+
+    def _free_ahead(self) -> int:
+        """How many commands may be claimed that wait for a thread. They count in the concurrency."""
+        return min(self._free() - max(0, self._free_threads()), self._runner.blocking.room())
 
     def _free_transactions(self) -> int:
         running = sum(lease.handler.transactional for lease in self._leases)

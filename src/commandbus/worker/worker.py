@@ -45,12 +45,13 @@ _HELPER_SECONDS = 3.0  # a heartbeat may take two to say that the worker has gon
 class Worker:
     """Runs the commands of one or more domains: `await Worker(bus, "payments", registry).run()`.
 
-    `concurrency`: how many handlers run at once. `thread_pool_size`: how many of them may be plain `def` functions,
-    each in a thread; default `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a
-    command stays this worker's without renewal; it renews every third of it. `grace`: how long `run` waits for
-    running handlers when it stops. `transactional_connections`: how many transactional handlers run at once, each on
-    a connection of a pool of its own that is opened only if the registry has one. `middleware`: context managers that
-    are entered around each `def` handler in its own thread, see `Middleware`.
+    `concurrency`: how many handlers run at once, with those that wait some milliseconds for a thread.
+    `thread_pool_size`: how many of them may be plain `def` functions, each in a thread; default
+    `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a command stays this worker's
+    without renewal; it renews every third of it. `grace`: how long `run` waits for running handlers when it stops.
+    `transactional_connections`: how many transactional handlers run at once, each on a connection of a pool of its own
+    that is opened only if the registry has one. `middleware`: context managers that are entered around each `def`
+    handler in its own thread, see `Middleware`.
     """
 
     def __init__(

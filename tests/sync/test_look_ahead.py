@@ -93,11 +93,12 @@ def test_what_has_waited_for_too_long_is_given_back_and_no_more_is_claimed(
     with one_runs_and_the_rest_wait(bus, waiting, 4) as (_, sent):
         expected = ["SENT", "CLAIMED", "RELEASED"]
         eventually(lambda: [story(bus, receipt) for receipt in sent[1:]] == [expected] * 3, what="the three released")
+        late = bus.send(DOMAIN, "Long", 4, priority=1)
         for n in range(10):  # the claimer goes round and round meanwhile
             settled(bus, bus.send(DOMAIN, "Async", n))
-        assert [story(bus, receipt) for receipt in sent[1:]] == [expected] * 3
+        assert story(bus, late) == ["SENT"]
         waiting.go_on.set()
-        assert [settled(bus, receipt).crashes for receipt in sent] == [0] * 4
+        assert [settled(bus, receipt).crashes for receipt in [*sent, late]] == [0] * 5
 
 
 def test_a_stop_releases_what_waits_at_once(bus: SyncCommandBus, waiting: Waiting) -> None:

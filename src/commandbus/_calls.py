@@ -209,8 +209,9 @@ def work(
     completions: Sequence[str] = (),
     sweep: bool = False,
     alone: bool = False,
+    ahead: int = 0,
 ) -> Call[Round]:
-    """Record these completions, then lease up to `limit` commands; see `work_v1`."""
+    """Record these completions, then lease up to `limit` commands, `ahead` of which would wait; see `work_v1`."""
 
     def read(rows: list[Row]) -> Round:
         *found, (*_, next_due, alone_waiting, _) = rows
@@ -223,10 +224,10 @@ def work(
         )
 
     return Call(
-        "SELECT * FROM commandbus.work_v1(%s, %s, %s, %s, %s, %s, %s, %s)",
+        "SELECT * FROM commandbus.work_v1(%s, %s, %s, %s, %s, %s, %s, %s, %s)",
         (
             domain, f"[{','.join(completions)}]", json.dumps(segments), limit, worker, lease.total_seconds(), sweep,
-            alone,
+            alone, ahead,
         ),
         read,
     )  # fmt: skip

@@ -231,6 +231,11 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
         event(4, "to_status = 'PENDING'"),
         hot("status = 'PENDING', alone_since = parked_at, parked_at = NULL"),
     ),
+    "a later delivery ran out uncharged": (
+        "running-again",
+        "too_many_crashes",
+        event(2, "event = 'EXPIRED', presented_token = NULL"),
+    ),
     "the first crash parked": (
         "crashed",
         "too_many_crashes",

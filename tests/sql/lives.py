@@ -12,6 +12,7 @@ from tests.sql.support import (
     claim,
     column,
     item,
+    look_ahead,
     operator_verb,
     outcome,
     segments,
@@ -35,6 +36,8 @@ LIVES = {
     "crashed": "claim crash",
     "crashed-twice": "claim crash claim crash claim release",
     "crashed-thrice": "claim crash claim TRANSIENT claim crash claim crash",
+    "expired": "ahead crash",
+    "expired-and-crashed": "ahead crash claim crash claim complete",
     "parked": "claim PERMANENT",
     "exhausted": "claim TRANSIENT claim TRANSIENT claim TRANSIENT",
     "retried": "claim crash claim TRANSIENT claim PERMANENT retry claim TRANSIENT claim crash",
@@ -77,6 +80,8 @@ def _live(db: Connection, name: str, clock: list[float]) -> str:
             dies = LIVES[name].split()[number:][:1] == ["crash"]
             (leased,) = claim(db, parts=segments(name), alone=alone, lease=60 if dies else LONG)
             lease = item(leased)
+        elif step == "ahead":
+            lease = item(look_ahead(db, 0, 1, parts=segments(name))[0])
         elif step == "crash":
             clock[0] += 61
             shift(db, clock[0])

@@ -66,6 +66,7 @@ class Command:
     delivery: int = 0
     token: str | None = None
     lease_until: int | None = None
+    ahead: bool = False  # claimed before it could start
     finished_by: str | None = None
     error: str | None = None
     result: int | None = None
@@ -172,9 +173,13 @@ class Model:
     # ------------------------------------------------------------------------------------------ claiming
 
     def sweep(self, domain: str) -> None:
-        """Count a crash for each lease whose time is over."""
+        """Count a crash for each lease whose time is over, but for what had not started."""
         for command in self.having("IN_PROGRESS"):
             if command.domain == domain and command.lease_until is not None and command.lease_until <= self.now:
+                if command.ahead:
+                    command.move("EXPIRED", "PENDING")
+                    self._wait(command)
+                    continue
                 command.crashes += 1
                 command.error = "CRASHED"
                 command.move("CRASHED", "PENDING" if command.crashes < 3 else PARKED)
@@ -208,12 +213,23 @@ class Model:
         line = self.line(domain, types, alone=alone)
         return [command for command in line if limit and command.place <= line[:limit][-1].place]
 
-    def claim(self, command: Command, token: str, ticks: int) -> None:
+    def claim(self, command: Command, token: str, ticks: int, *, ahead: bool = False) -> None:
         """Lease a command; the token is the database's choice."""
         command.delivery += 1
+        command.ahead = ahead
         command.token, command.lease_until = token, self.now + ticks
         command.move("CLAIMED", "IN_PROGRESS")
         self.leases.append(Lease(command.domain, command.command_id, command.delivery, token))
+
+    def ahead(self, domain: str, types: Iterable[str]) -> tuple[list[Command], list[Command]]:
+        """What may be claimed to wait: first deliveries, up to the first command that was delivered before.
+
+        Returns what stands before all that came into line together with that one, and what stands among them.
+        """
+        line = self.line(domain, types, alone=False)
+        end = next((command.place for command in line if command.delivery), None)
+        sure = [command for command in line if end is None or command.place < end]
+        return sure, [command for command in line if command.place == end and not command.delivery]
 
     def _wait(self, command: Command) -> None:
         command.rank, command.waits_since = self.calls, self.now

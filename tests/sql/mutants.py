@@ -210,7 +210,7 @@ _ALL = (
     ),
     Mutant(
         "crash-not-counted", "a crash costs nothing", "claim.sql",
-        (("SET crashes = c.crashes + 1, events", "SET events"),),
+        (("SET crashes = c.crashes + CASE", "SET crashes = c.crashes + 0 * CASE"),),
         "test_budgets.py::test_the_first_crash_is_claimed_as_before",
     ),
     Mutant(
@@ -230,6 +230,32 @@ _ALL = (
         "crash-untold", "a crash leaves no event", "claim.sql",
         (("FROM crashed c;", "FROM crashed c WHERE false;"),),
         "test_budgets.py::test_the_first_crash_is_claimed_as_before",
+    ),
+    # -------------------------------------------------------------------------------------------- looking ahead
+    Mutant(
+        "ahead-charged", "what waited in a dead worker has crashed", "claim.sql",
+        (("CASE WHEN c.ahead THEN 0 ELSE 1 END", "1"),),
+        "test_look_ahead.py::test_what_waited_in_a_dead_worker_is_not_charged",
+    ),
+    Mutant(
+        "ahead-untold", "what ran out uncharged is told as a crash", "claim.sql",
+        (("CASE WHEN c.ahead THEN 'EXPIRED' ELSE 'CRASHED' END", "'CRASHED'"),),
+        "test_look_ahead.py::test_what_waited_in_a_dead_worker_is_not_charged",
+    ),
+    Mutant(
+        "ahead-all", "what starts at once is not charged either", "claim.sql",
+        (("v_ahead := v_held[p_limit - p_ahead + 1:]", "v_ahead := v_held"),),
+        "test_look_ahead.py::test_what_waited_in_a_dead_worker_is_not_charged",
+    ),
+    Mutant(
+        "ahead-by-type", "what starts is not the first by place", "claim.sql",
+        (("row_number() OVER (ORDER BY c.place)", "row_number() OVER (ORDER BY c.command_type, c.place)"),),
+        "test_look_ahead.py::test_what_starts_are_the_first_by_place_whatever_their_types",
+    ),
+    Mutant(
+        "ahead-again", "a command may run out uncharged again and again", "claim.sql",
+        (("n.n > p_start AND n.delivery > 0", "false"),),
+        "test_look_ahead.py::test_what_kills_its_process_as_soon_as_it_is_claimed_is_parked_after_one_delivery_more",
     ),
     # ----------------------------------------------------------------------------------------------- verdicts
     Mutant(

@@ -70,6 +70,13 @@ def claim(db: Connection, limit: int = 10, **how: Any) -> list[Row]:
     return claim_all(db, limit, **how)[0]
 
 
+def look_ahead(db: Connection, start: int, wait: int, *, parts: str = segments("A")) -> list[Row]:
+    """Claim so many to start at once, and so many more to wait; returns the commands by place."""
+    sql = """SELECT * FROM commandbus.work_v1('d', '[]', %s, %s, 'w1', 60, false, false, %s)
+             WHERE command_id IS NOT NULL ORDER BY place"""
+    return db.cursor(row_factory=dict_row).execute(sql, [parts, start + wait, wait]).fetchall()
+
+
 def sweep(db: Connection) -> None:
     """Look for expired leases, and claim nothing."""
     assert claim(db, 0, parts="[]", sweep=True) == []

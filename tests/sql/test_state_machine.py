@@ -238,6 +238,19 @@ class LifeOfCommands(RuleBasedStateMachine):
             assert row["data"] == str(command.data)
         self._check_hints(domain, names, last)
 
+    @verb(Model.ready, domain=domains, lease=ticks)
+    def look_ahead(self, domain: str, lease: int) -> None:
+        self.model.promote(domain)
+        sure, perhaps = self.model.ahead(domain, TYPES)
+        sql = """SELECT command_id::text, lease_token::text
+                 FROM commandbus.work_v1(%s, '[]', %s, 99, 'w1', %s, false, false, 99) WHERE command_id IS NOT NULL"""
+        leased = dict(self.rows(sql, domain, segments(*TYPES), seconds(lease)))
+        assert {command.command_id for command in sure} <= leased.keys()
+        for command in [*sure, *perhaps]:
+            if token := leased.pop(command.command_id, None):
+                self.model.claim(command, token, lease, ahead=True)
+        assert leased == {}
+
     def _check_hints(self, domain: str, names: Sequence[str], last: Row) -> None:
         assert last["command_id"] is None
         due = last["next_due"]

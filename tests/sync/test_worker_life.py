@@ -106,7 +106,8 @@ def test_the_shutdown_of_the_runtime_ends_run_with_its_report(bus: SyncCommandBu
 
 
 def test_what_runs_may_finish_and_is_reported(bus: SyncCommandBus, waiting: Waiting) -> None:
-    with working(bus, registry_of(Debit=waiting.handler, Quick=echo), thread_pool_size=2, grace=HOUR) as worker:
+    registry = registry_of(Debit=waiting.handler, Quick=echo)
+    with working(bus, registry, thread_pool_size=2, concurrency=2, grace=HOUR) as worker:  # nothing waits for a thread
         settled(bus, bus.send(DOMAIN, "Quick", 1))  # finished before the stop: not in the report
         sent = [bus.send(DOMAIN, "Debit", n) for n in range(3)]
         waiting.started(2)

@@ -109,7 +109,10 @@ def test_a_wrong_variable_is_an_error_that_names_it(
 def test_no_more_is_leased_than_threads_are_free(
     bus: SyncCommandBus, db: Connection, threads: int, slowest: float, seed: int
 ) -> None:
-    """At any time: what was claimed, less what a handler has returned from, is at most the number of threads."""
+    """At any time: what was claimed, less what a handler has returned from, is at most the number of threads.
+
+    So it is when that is the concurrency: see `test_look_ahead.py`.
+    """
     chance = random.Random(seed)
     pauses = [chance.uniform(0, slowest) for _ in range(120)]
     before = one(db, "SELECT coalesce(sum(delivery), 0) FROM commandbus.commands")
@@ -121,7 +124,7 @@ def test_no_more_is_leased_than_threads_are_free(
 
     sent = bus.send_batch([SendRequest(DOMAIN, "Work", n) for n in range(len(pauses))])
     most = 0
-    with working(bus, registry_of(Work=work), thread_pool_size=threads):
+    with working(bus, registry_of(Work=work), thread_pool_size=threads, concurrency=threads):
         while len(returned) < len(pauses):
             claimed = one(db, "SELECT coalesce(sum(delivery), 0) FROM commandbus.commands") - before
             most = max(most, claimed - len(returned))

@@ -104,6 +104,27 @@ async def test_a_handler_that_kills_its_process_takes_no_neighbour_along(bus: Co
     assert listed.command_id == poison.command_id
 
 
+async def test_what_only_waited_for_a_thread_is_not_charged_for_the_death_of_its_process(
+    bus: CommandBus, route: Route
+) -> None:
+    with process("ahead_app.py", route, "1") as found:
+        await settled(bus, await bus.send(DOMAIN, "Short", 0))  # from now on it looks ahead
+        requests = [SendRequest(DOMAIN, "Poison", 1), *[SendRequest(DOMAIN, "Short", n) for n in range(8)]]
+        poison, *neighbours = await bus.send_batch(requests)
+
+        async def parked() -> bool:
+            found.restart_if_dead()
+            return (await bus.get_command(poison)).status == PARKED
+
+        await aeventually(parked, timeout=60, what="the end of the poison")
+        for command in await all_settled(bus, neighbours, timeout=60):
+            found.restart_if_dead()
+            assert (command.status, command.crashes, command.attempts) == (CommandStatus.COMPLETED, 0, 1)
+    assert found.starts == 4
+    assert ["SENT", "CLAIMED", "EXPIRED", "CLAIMED", "COMPLETED"] in [await story(bus, one) for one in neighbours]
+    assert (await bus.get_command(poison)).crashes == 3
+
+
 async def test_what_crashed_twice_runs_alone(bus: CommandBus, db: Connection) -> None:
     at_work: set[str] = set()
     beside: list[set[str]] = []

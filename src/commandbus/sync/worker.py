@@ -61,7 +61,8 @@ class SyncWorker:
     The parameters are those of `Worker`. `def` handlers run in daemon threads of the worker's own, `async def`
     handlers on the runtime's loop. `thread_pool_size`: default, what `configure` was told, else
     `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. No more commands are leased than threads are
-    free, and a thread is free when its handler has returned, whatever became of the lease.
+    free, and while handlers are short, within `concurrency`, what all threads get through in 10 ms. A thread is free
+    when its handler has returned, whatever became of the lease.
 
     `run()` blocks; `start()` and `stop()`, or `with`, work in the background. A worker runs once.
     """

@@ -29,11 +29,17 @@ _MAX_TROUBLE_PAUSE = 2.0
 
 
 class Lane:
-    """The command types of one domain that share their slots. `free()` says how many could start at once."""
+    """The command types of one domain that share their slots.
 
-    def __init__(self, domain: str, command_types: Sequence[str], free: Callable[[], int]) -> None:
+    `free()` says how many could start at once, `ahead()` how many more may be claimed to wait for a slot.
+    """
+
+    def __init__(
+        self, domain: str, command_types: Sequence[str], free: Callable[[], int], ahead: Callable[[], int] = lambda: 0
+    ) -> None:
         self.domain = domain
         self.free = free
+        self.ahead = ahead
         self.trail = Trail(command_types)
         self.scan_at = 0.0
         self.due_at = float("inf")
@@ -125,26 +131,29 @@ class Claimer:
         for lane in self._lanes:
             if self._stopping:
                 break
-            free = min(max(lane.free(), 0), self._most)
+            free = max(lane.free(), 0)
+            limit = min(free + max(lane.ahead(), 0), self._most)
             outcomes = self._finisher.take(lane.domain)
-            if not free and not outcomes:
+            if not limit and not outcomes:
                 continue
-            work = await self._work(lane, free, outcomes)
+            work = await self._work(lane, limit, max(0, limit - free), outcomes)
             found += len(work.commands) + len(outcomes)
             if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
                 found += await self._run_alone(lane)
         return found
 
-    async def _work(self, lane: Lane, limit: int, outcomes: list[Outcome]) -> Round:
+    async def _work(self, lane: Lane, limit: int, ahead: int, outcomes: list[Outcome]) -> Round:
         """Claim behind the remembered places; now and then from the start, looking for expired leases as well.
 
-        The same call records these completions.
+        `ahead` of the `limit` would wait for a slot. The same call records these completions.
         """
         asked_at = time.monotonic()
         scan = limit > 0 and asked_at >= lane.scan_at
         segments = lane.trail.whole() if scan else lane.trail.rest()
         completions = [item(outcome) for outcome in outcomes]
-        call = _calls.work(lane.domain, segments, limit, self._worker, self._lease, completions=completions, sweep=scan)
+        call = _calls.work(
+            lane.domain, segments, limit, self._worker, self._lease, completions=completions, sweep=scan, ahead=ahead
+        )
         try:
             work = await self._database.run(call)
         except BaseException:

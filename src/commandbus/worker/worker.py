@@ -45,12 +45,13 @@ _HELPER_SECONDS = 3.0  # a heartbeat may take two to say that the worker has gon
 class Worker:
     """Runs the commands of one or more domains: `await Worker(bus, "payments", registry).run()`.
 
-    `concurrency`: how many handlers run at once. `thread_pool_size`: how many of them may be plain `def` functions,
-    each in a thread; default `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a
-    command stays this worker's without renewal; it renews every third of it. `grace`: how long `run` waits for
-    running handlers when it stops. `transactional_connections`: how many transactional handlers run at once, each on
-    a connection of a pool of its own that is opened only if the registry has one. `middleware`: context managers that
-    are entered around each `def` handler in its own thread, see `Middleware`.
+    `concurrency`: how many handlers run at once, with those that wait some milliseconds for a thread.
+    `thread_pool_size`: how many of them may be plain `def` functions, each in a thread; default
+    `$COMMAND_BUS_SYNC_THREADS`, else `min(32, os.cpu_count() or 1)`. `lease`: how long a command stays this worker's
+    without renewal; it renews every third of it. `grace`: how long `run` waits for running handlers when it stops.
+    `transactional_connections`: how many transactional handlers run at once, each on a connection of a pool of its own
+    that is opened only if the registry has one. `middleware`: context managers that are entered around each `def`
+    handler in its own thread, see `Middleware`.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Worker:
         self._stops = 0
         self._ended_before: Counter[type[Ending]] | None = None
         self._hurry = asyncio.Event()
-        self._threads = HandlerThreads(self.name)
+        self._threads = HandlerThreads(self.name, self._thread_pool_size)
         self._failure: BaseException | None = None
 
     async def run(self) -> StopReport:
@@ -137,6 +138,7 @@ class Worker:
     def _stop(self) -> None:
         self._stops += 1
         self._claimer.stop()
+        self._runner.blocking.give_back()
         if self._stops > 1:
             self._hurry.set()
 
@@ -183,7 +185,8 @@ class Worker:
             "transaction": self._free_transactions,
             "thread with a transaction": lambda: min(self._free_threads(), self._free_transactions()),
         }
-        return [Lane(domain, types, free[kind]) for (domain, kind), types in lanes.items()]
+        ahead = {"thread": self._free_ahead}
+        return [Lane(domain, types, free[kind], ahead.get(kind, lambda: 0)) for (domain, kind), types in lanes.items()]
 
     def _heartbeat(self, database: Database) -> Heartbeat:
         types: dict[str, list[str]] = {}
@@ -198,7 +201,11 @@ class Worker:
         return min(self._concurrency - self._runner.running, 2 * self._concurrency - len(self._leases))
 
     def _free_threads(self) -> int:
-        return min(self._free(), self._thread_pool_size - self._runner.in_threads)
+        return min(self._free(), self._thread_pool_size - self._runner.blocking.taken)
+
+    def _free_ahead(self) -> int:
+        """How many commands may be claimed that wait for a thread. They count in the concurrency."""
+        return min(self._free() - max(0, self._free_threads()), self._runner.blocking.room())
 
     def _free_transactions(self) -> int:
         running = sum(lease.handler.transactional for lease in self._leases)
@@ -337,9 +344,9 @@ class Worker:
             return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
         lease.cancelled = True
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
-        if self._loop is not None and lease.task is not None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(lease.task.cancel)
+                self._loop.call_soon_threadsafe(self._runner.lose, lease)
 
 
 async def _ended(tasks: set[asyncio.Task[None]]) -> None:

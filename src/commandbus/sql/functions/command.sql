@@ -4,7 +4,7 @@
 --   (sent) --b--> SCHEDULED      b  send with delay  c  crash: the lease ran out; at the second it runs alone
 --   SCHEDULED --p--> PENDING     p  promoted when due, by a claim
 --   PENDING --l--> IN_PROGRESS   l  claim: delivery + 1, a new lease token
---   IN_PROGRESS --n,c--> PENDING
+--   IN_PROGRESS --n,c,e--> PENDING               e  expired: the lease ran out of what a worker had not started
 --   IN_PROGRESS --r--> SCHEDULED                 r  fail, transient: back-off
 --   IN_PROGRESS --k--> IN_TROUBLESHOOTING_QUEUE  k  fail, permanent or out of attempts; or the third crash
 --   IN_PROGRESS --d--> COMPLETED                 d  complete

@@ -73,6 +73,7 @@ LANGUAGE sql STABLE AS $$
     WITH edge (event, from_status, to_status) AS (VALUES
         ('RELEASED', 'IN_PROGRESS', 'PENDING'),
         ('CRASHED', 'IN_PROGRESS', 'PENDING'),
+        ('EXPIRED', 'IN_PROGRESS', 'PENDING'),
         ('CRASHED', 'IN_PROGRESS', 'IN_TROUBLESHOOTING_QUEUE'),
         ('ATTEMPT_FAILED', 'IN_PROGRESS', 'SCHEDULED'),
         ('PARKED', 'IN_PROGRESS', 'IN_TROUBLESHOOTING_QUEUE'),
@@ -121,7 +122,8 @@ LANGUAGE sql STABLE AS $$
             THEN format('another attempt is to follow number %s of at most %s', e.attempts, c.max_attempts) END),
         ('too_many_crashes', CASE WHEN e.event = 'CRASHED'
                 AND (e.crashes = 3) <> (e.to_status IS NOT DISTINCT FROM 'IN_TROUBLESHOOTING_QUEUE')
-            THEN format('crash %s led to %s; the third parks', e.crashes, e.to_status) END),
+            THEN format('crash %s led to %s; the third parks', e.crashes, e.to_status)
+            WHEN e.event = 'EXPIRED' AND e.delivery > 1 THEN 'only the first delivery runs out uncharged' END),
         ('no_operator', CASE WHEN e.event LIKE 'OPERATOR%' AND coalesce(e.operator, '') = ''
             THEN 'nobody is named' END),
         ('edit_not_kept', CASE WHEN e.event = 'OPERATOR_RETRIED' AND NOT e.details ?& '{old_data,new_data}'

@@ -18,7 +18,7 @@ from commandbus._calls import Claimed, Round
 from commandbus._database import Database
 from commandbus._failures import brief
 from commandbus.errors import CommandBusError
-from commandbus.worker.finisher import Finisher, Outcome, item
+from commandbus.worker.finisher import Finisher, Outcome
 from commandbus.worker.trail import Trail
 
 logger = logging.getLogger("commandbus.worker")
@@ -105,7 +105,7 @@ class Claimer:
         while not self._stopping:
             self._woken.clear()
             try:
-                found = await self._claim_all()
+                more = await self._claim_all()
             except (CommandBusError, psycopg.Error) as error:
                 logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, brief(error))
                 with self._carrying(carried=False):
@@ -115,7 +115,7 @@ class Claimer:
             if trouble > _FIRST_PAUSE:
                 logger.info("commands can be claimed again")
             trouble = _FIRST_PAUSE
-            if found:
+            if more:
                 pause = _FIRST_PAUSE
                 continue
             if any(lane.free() > 0 for lane in self._lanes):
@@ -124,9 +124,13 @@ class Claimer:
             else:
                 await self._woken.wait()
 
-    async def _claim_all(self) -> int:
-        """Call once for every lane with a free slot or completions; returns how many commands that was about."""
-        found = 0
+    async def _claim_all(self) -> bool:
+        """Call once for every lane with a free slot or completions.
+
+        Returns whether to go on at once: some lane got all that it asked for, so more may wait. Of a command sent to
+        an idle worker that makes two calls instead of three, and the next hint finds it free to follow.
+        """
+        more = False
         self._lanes.rotate(-1)  # another lane is first each time
         for lane in self._lanes:
             if self._stopping:
@@ -137,10 +141,10 @@ class Claimer:
             if not limit and not outcomes:
                 continue
             work = await self._work(lane, limit, max(0, limit - free), outcomes)
-            found += len(work.commands) + len(outcomes)
+            more |= len(work.commands) >= limit
             if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
-                found += await self._run_alone(lane)
-        return found
+                more |= await self._run_alone(lane)
+        return more
 
     async def _work(self, lane: Lane, limit: int, ahead: int, outcomes: list[Outcome]) -> Round:
         """Claim behind the remembered places; now and then from the start, looking for expired leases as well.
@@ -150,7 +154,7 @@ class Claimer:
         asked_at = time.monotonic()
         scan = limit > 0 and asked_at >= lane.scan_at
         segments = lane.trail.whole() if scan else lane.trail.rest()
-        completions = [item(outcome) for outcome in outcomes]
+        completions = [outcome.item for outcome in outcomes]
         call = _calls.work(
             lane.domain, segments, limit, self._worker, self._lease, completions=completions, sweep=scan, ahead=ahead
         )
@@ -170,7 +174,7 @@ class Claimer:
             self._start(sorted(work.commands, key=_by_place), asked_at)
         return work
 
-    async def _run_alone(self, lane: Lane) -> int:
+    async def _run_alone(self, lane: Lane) -> bool:
         """Run a command that has crashed twice with nothing beside it: what kills the process takes nobody along.
 
         When the running handlers do not end in time, claiming goes on for as long, and the next try is more patient.
@@ -180,7 +184,7 @@ class Claimer:
         if not idle or lane.free() <= 0:
             self._alone_at = time.monotonic() + self._patience
             self._patience *= 2
-            return 0
+            return False
         self._patience = self._lease.total_seconds()
         asked_at = time.monotonic()
         work = await self._database.run(
@@ -190,7 +194,7 @@ class Claimer:
             self._start(work.commands, asked_at)
             with self._carrying(carried=False):
                 await self._idle_within(None)
-        return len(work.commands)
+        return bool(work.commands)
 
     async def _idle_within(self, seconds: float | None) -> bool:
         """Wait until no lease is held; False when that takes too long, or the worker stops."""

@@ -56,6 +56,8 @@ class Recorded:
     """The outcome is in the database already, or the lease is lost: there is nothing left to call."""
 
 
+_WITHOUT_RESULT = Completed("null")  # most commands; the check of the limits takes 3 us
+
 Ending: TypeAlias = Completed | Failed | Released | Recorded
 
 
@@ -65,6 +67,8 @@ def completed(result: Json) -> Completed:
     The work is done, and to do it again would not make the result any better: one that breaks a limit is replaced by a
     note that says why and shows how it begins.
     """
+    if result is None:
+        return _WITHOUT_RESULT
     try:
         return Completed(encode(result, "result", any_keys=True))
     except Exception as error:  # noqa: BLE001 - an object of the user's may raise anything while it is read

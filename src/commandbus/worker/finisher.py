@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import psycopg
 
@@ -21,10 +21,17 @@ from commandbus.worker.leases import Lease, Leases
 
 logger = logging.getLogger("commandbus.worker")
 
-Outcome: TypeAlias = tuple[Lease, Ending]
 MAX_BATCH = 500
 _BUSY_PAUSE = 0.05  # seconds
 _MAX_PAUSE = 2.0
+
+
+class Outcome(NamedTuple):
+    """How a delivery ended; `item` says so in a call, written when there is time: while another call is under way."""
+
+    lease: Lease
+    ending: Ending
+    item: str
 
 
 class Finisher:
@@ -49,10 +56,11 @@ class Finisher:
 
     def put(self, lease: Lease, ending: Ending) -> None:
         """Take an ending; does not wait."""
+        outcome = Outcome(lease, ending, lease.item(_fields(ending)))
         if self._carried and isinstance(ending, Completed):
-            self._to_carry[lease.claimed.domain].append((lease, ending))
+            self._to_carry[lease.claimed.domain].append(outcome)
         else:
-            self._waiting.append((lease, ending))
+            self._waiting.append(outcome)
             self._arrived.set()
 
     def carry(self, *, carried: bool) -> None:
@@ -81,14 +89,14 @@ class Finisher:
         """Let go of what was recorded or lost; busy is tried again. What `answers` leaves out is `unsaid`."""
         self._pause = 0.0
         over: list[Lease] = []
-        for lease, ending in outcomes:
-            match answers.get(lease.claimed.command_id, unsaid):
+        for outcome in outcomes:
+            match answers.get(outcome.lease.claimed.command_id, unsaid) if answers else unsaid:
                 case "done":
-                    over.append(lease)
+                    over.append(outcome.lease)
                 case "busy":
-                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.give_back, [(lease, ending)])
+                    asyncio.get_running_loop().call_later(_BUSY_PAUSE, self.give_back, [outcome])
                 case _:
-                    over.append(self._lost(lease))
+                    over.append(self._lost(outcome.lease))
         self._let_go(over)
 
     def close(self) -> None:
@@ -107,8 +115,8 @@ class Finisher:
 
     async def _record_all(self, batch: list[Outcome]) -> None:
         groups: defaultdict[tuple[str, type], list[Outcome]] = defaultdict(list)
-        for lease, ending in self._still_held(batch):
-            groups[lease.claimed.domain, type(ending)].append((lease, ending))
+        for outcome in self._still_held(batch):
+            groups[outcome.lease.claimed.domain, type(outcome.ending)].append(outcome)
         for (domain, _), outcomes in groups.items():
             for part in _parts(outcomes):
                 await self._record(domain, part)
@@ -123,19 +131,21 @@ class Finisher:
                 await self._again_later(outcomes, error)
             return
         self.settle(outcomes, answers, unsaid="lost")
+        self._freed()
 
     def _still_held(self, outcomes: Iterable[Outcome]) -> list[Outcome]:
         """Let go of what is recorded already or lost, and return the rest."""
         held, over = [], []
         for outcome in outcomes:
-            lease, ending = outcome
-            if isinstance(ending, Recorded):
-                over.append(lease)
-            elif not lease.held:
-                over.append(self._lost(lease))
+            if isinstance(outcome.ending, Recorded):
+                over.append(outcome.lease)
+            elif not outcome.lease.held:
+                over.append(self._lost(outcome.lease))
             else:
                 held.append(outcome)
-        self._let_go(over)
+        if over:
+            self._let_go(over)
+            self._freed()
         return held
 
     async def _find_refused(self, domain: str, outcomes: list[Outcome], error: Exception) -> None:
@@ -145,7 +155,7 @@ class Finisher:
             await self._record(domain, outcomes[:middle])
             await self._record(domain, outcomes[middle:])
             return
-        lease, ending = outcomes[0]
+        lease, ending, _ = outcomes[0]
         logger.error("PostgreSQL refuses the outcome: %s", brief(error), extra=lease.log_extra(self._leases.worker))
         if isinstance(ending, Completed):
             self.put(lease, failed(unstorable(error), lease.handler, lease.claimed.attempts + 1))
@@ -153,6 +163,7 @@ class Finisher:
             self.put(lease, without_words(ending, error))
         else:
             self._let_go([lease])  # nothing of ours is left to say: the lease runs out
+            self._freed()
 
     async def _again_later(self, outcomes: list[Outcome], error: Exception) -> None:
         self._pause = min(_MAX_PAUSE, max(0.1, self._pause * 2))
@@ -170,17 +181,9 @@ class Finisher:
         return lease
 
     def _let_go(self, leases: list[Lease]) -> None:
-        if leases:
-            self._leases.remove(leases)
-            self._freed()
-            if self._closing:
-                self._arrived.set()
-
-
-def item(outcome: Outcome) -> str:
-    """Return the item by which a call records this outcome."""
-    lease, ending = outcome
-    return lease.item(_fields(ending))
+        self._leases.remove(leases)
+        if self._closing:
+            self._arrived.set()
 
 
 def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
@@ -189,7 +192,7 @@ def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
     size = 0
     for outcome in outcomes:
         part.append(outcome)
-        size += len(outcome[1].result) if isinstance(outcome[1], Completed) else 0
+        size += len(outcome.item)
         if len(part) >= MAX_BATCH or size >= MAX_BYTES:
             yield part
             part, size = [], 0
@@ -199,8 +202,8 @@ def _parts(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
 
 def _call(domain: str, outcomes: Sequence[Outcome]) -> Call[Answers]:
     """Return the one call that records these endings, which are of one kind."""
-    items = [item(outcome) for outcome in outcomes]
-    match outcomes[0][1]:
+    items = [outcome.item for outcome in outcomes]
+    match outcomes[0].ending:
         case Completed():
             return _calls.complete(domain, items)
         case Failed():

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from math import inf
 from typing import Any, TypeVar, cast
@@ -159,7 +160,7 @@ class Runner:
                 if lease.handler.transactional:
                     await self._transact(lease, command)
                     return Recorded()
-                result = await self._bounded(lease, self._call(lease, command))
+                result = await self._within_timeout(lease, self._call(lease, command))
                 return rolled_back(lease) if lease.completing else self._verdicts.completed(result, lease)
             except asyncio.CancelledError:
                 if lease.cancelled or _is_cancelling():
@@ -170,11 +171,12 @@ class Runner:
             except BaseException as error:  # noqa: BLE001 - every ending of a handler is told
                 return self._verdicts.raised(error, lease)
 
-    async def _bounded(self, lease: Lease, work: Awaitable[T]) -> T:
-        """Await the handler, bounded by its timeout."""
+    def _within_timeout(self, lease: Lease, work: Awaitable[T]) -> Awaitable[T]:
+        """Return what to await for the handler, bounded by its timeout if it has one."""
         timeout = lease.handler.timeout
-        if timeout is None:
-            return await work
+        return work if timeout is None else self._bounded(lease, work, timeout)
+
+    async def _bounded(self, lease: Lease, work: Awaitable[T], timeout: timedelta) -> T:
         scope = asyncio.timeout(timeout.total_seconds())
         try:
             async with scope:
@@ -185,11 +187,12 @@ class Runner:
             lease.cancelled = True
             raise TimedOutCommandError(lease) from None
 
-    async def _call(
+    def _call(
         self, lease: Lease, command: Command, connection: psycopg.AsyncConnection[Any] | None = None
-    ) -> Json:
+    ) -> Awaitable[Json]:
+        """Call the handler; returns what to await."""
         context = HandlerContext(command, lease, self._bus, connection, partial(complete_on, lease))
-        return await cast("AsyncFunction", lease.handler.function)(command, context)
+        return cast("AsyncFunction", lease.handler.function)(command, context)
 
     async def _transact(self, lease: Lease, command: Command) -> None:
         """Run the handler and record its completion in one transaction."""
@@ -198,7 +201,7 @@ class Runner:
 
             def perform(wanted: Any) -> Awaitable[Any]:  # noqa: ANN401 - a call, or RUN
                 if wanted is RUN:
-                    return self._bounded(lease, self._call(lease, command, connection))
+                    return self._within_timeout(lease, self._call(lease, command, connection))
                 return execute(connection, wanted)
 
             await drive(handle(lease, self._verdicts.completed), perform)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import psycopg
 
 from commandbus._failures import brief, is_connection_lost, is_short_of, printable
 from commandbus.errors import DatabaseUnavailableError, LeaseLostError, TransientCommandError
 from commandbus.model import Command, Json
-from commandbus.tracing import Tracing
+from commandbus.tracing import NoTracing, Tracing
 from commandbus.worker.endings import Completed, Ending, Failed, Recorded, Released, code_of, completed, failed
 from commandbus.worker.leases import Lease
 
 logger = logging.getLogger("commandbus.worker")
 
+_UNTRACED = contextlib.nullcontext()
 
 class TimedOutCommandError(TransientCommandError):
     """The handler's timeout is over."""
@@ -30,7 +32,8 @@ class Verdicts:
 
     def __init__(self, worker: str, tracing: Tracing) -> None:
         self._worker = worker
-        self._tracing = tracing
+        # 2 us a command, a tenth of all that the worker's own Python costs, for a hook that does nothing.
+        self._tracing = None if isinstance(tracing, NoTracing) else tracing
 
     def completed(self, result: Json, lease: Lease) -> Completed:
         """Return the ending of a handler that returned this."""
@@ -92,12 +95,15 @@ class Verdicts:
                 return Released()
         return self.failed(error, lease)
 
-    @contextlib.contextmanager
-    def under_trace(self, command: Command, lease: Lease) -> Iterator[None]:
+    def under_trace(self, command: Command, lease: Lease) -> AbstractContextManager[None]:
         """Make the sender's trace context current. A hook that fails, or eats exceptions, changes no ending."""
+        return _UNTRACED if self._tracing is None else self._under(self._tracing, command, lease)
+
+    @contextlib.contextmanager
+    def _under(self, tracing: Tracing, command: Command, lease: Lease) -> Iterator[None]:
         trace = None
         try:
-            trace = self._tracing.activate(command.headers)
+            trace = tracing.activate(command.headers)
             trace.__enter__()
         except Exception:
             logger.exception("the tracing hook failed", extra=lease.log_extra(self._worker))

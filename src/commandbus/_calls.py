@@ -66,12 +66,13 @@ def outgoing(
     if own_id is not None and not isinstance(own_id, UUID):
         raise InvalidCommandError(f"command_id is {shown(own_id)}: it must be a uuid.UUID")
     command_id = own_id or fresh_id
-    what = f"command {command_id}"
+    name = str(command_id)  # once: it takes 0.6 us
+    what = f"command {name}"
     domain = _name("domain", request.domain, what)
     command_type = _name("command_type", request.command_type, what)
     data = encode(request.data, f"{what}: data", max_data_bytes)
     text = (
-        f'{{"domain":"{domain}","command_type":"{command_type}","command_id":"{command_id}","data":{data}'
+        f'{{"domain":"{domain}","command_type":"{command_type}","command_id":"{name}","data":{data}'
         f"{_options(request, headers, what)}}}"
     )
     return Outgoing(domain, command_id, own_id is None, text)

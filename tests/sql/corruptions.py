@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # What keeps most corruptions out of a sound database.
 LOOSEN = """
-    ALTER TABLE commandbus.command DROP CONSTRAINT command_in_one_line, DROP CONSTRAINT command_bounds,
+    ALTER TABLE commandbus.command DROP CONSTRAINT command_in_one_line,
         DROP CONSTRAINT command_pkey, ALTER data_hash DROP NOT NULL;
     ALTER TABLE commandbus.audit_event DROP CONSTRAINT audit_event_pkey;
     ALTER TABLE commandbus.command_history DROP CONSTRAINT command_history_terminal, ALTER data_hash DROP NOT NULL;

@@ -31,7 +31,7 @@ from commandbus.bus import CommandBus
 from commandbus.errors import ConfigurationError, PermissionDeniedError
 from commandbus.handlers import HandlerRegistry
 from commandbus.migrate import migrate
-from commandbus.model import Command, CommandStatus, Json
+from commandbus.model import Command, Json
 from commandbus.sync.bus import SyncCommandBus
 from commandbus.sync.call import Call as BlockingCall
 from commandbus.sync.worker import SyncWorker
@@ -45,6 +45,7 @@ _Types: TypeAlias = tuple[list[str], list[str]]
 TIMEOUT = timedelta(seconds=30)
 _POLL_SECONDS = 0.01
 _NAMED = 10  # commands in a message
+_LOOKS = 500  # for sessions that end
 
 _BY_AGE = "ORDER BY sent_at, command_id"
 _SENT = f"WHERE domain = coalesce(%s, domain) AND command_type = coalesce(%s, command_type) {_BY_AGE}"
@@ -301,6 +302,8 @@ def _new_database(server: str, template: str, kind: str) -> Iterator[tuple[psyco
         finally:
             # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
             end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
-            while admin.execute(end, [name]).rowcount:
+            for _ in range(_LOOKS):
+                if not admin.execute(end, [name]).rowcount:
+                    break
                 time.sleep(_POLL_SECONDS)
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(made))

@@ -68,7 +68,7 @@ _RUN_BY = (
 _ADVANCE = """
 DO $$ BEGIN
     EXECUTE 'ALTER FUNCTION commandbus.clock() SET commandbus.clock_offset = '
-        || quote_literal(commandbus.clock() - clock_timestamp() + interval '{seconds} seconds');
+        || quote_literal(commandbus.clock() - clock_timestamp() + interval '{seconds:f} seconds');
     PERFORM commandbus.clock();
 END $$"""
 
@@ -96,7 +96,7 @@ class Harness:
         self.bus = CommandBus(bus) if isinstance(bus, str) else bus
         self._closing = isinstance(bus, str)
         self._registry = registry or HandlerRegistry()
-        self._options = options
+        self._options = {"grace": timedelta(0)} | options  # Ctrl-C is not to wait for handlers
 
     async def __aenter__(self) -> Self:
         if self._closing:
@@ -165,7 +165,7 @@ class Harness:
 
     async def _run(self, worker: Worker, handled: _Types, timeout: timedelta) -> None:
         end = time.monotonic() + timeout.total_seconds()
-        grace: timedelta | None = timedelta(0)
+        grace = timedelta(0)
         running = asyncio.create_task(worker.run())
         try:
             while await self._read(_NEXT, *handled):
@@ -173,12 +173,10 @@ class Harness:
                     raise KeyboardInterrupt  # a signal has stopped it; what it raised itself goes before
                 if time.monotonic() >= end:
                     raise TimeoutError(_still_due(await self._read(_LEFT, *handled), timeout))
-                if (
-                    worker._loop is not None
-                ):  # what came by `connection=` it is not told, of the rest perhaps 0.1 s late
-                    worker._claimer.wake()
+                if worker._loop is not None:
+                    worker._claimer.wake()  # of what comes by `connection=` nobody tells it, of the rest perhaps late
                 await asyncio.wait([running], timeout=_POLL_SECONDS)
-            grace = None
+            grace = timeout  # a handler that has completed its command itself may still have something to do
         finally:
             worker.stop(grace)
             await running

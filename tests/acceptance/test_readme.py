@@ -25,7 +25,7 @@ import typer.main
 from commandbus import errors, sync
 from commandbus._failures import rights
 from commandbus.cli import app
-from tests.support import eventually
+from tests.support import PYTEST, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -81,7 +81,7 @@ class Newcomer:
         self._folder = folder
         self._dsn = dsn
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._environment = os.environ | {"COMMAND_BUS_DSN": dsn, "PATH": path}
+        self._environment = os.environ | PYTEST | {"COMMAND_BUS_DSN": dsn, "PATH": path}
         self._ids: dict[str, str] = {}  # an id that the page shows, and the one that came out here
         self._worker: subprocess.Popen[bytes] | None = None
 

@@ -37,12 +37,14 @@ from commandbus.sync.call import Call as BlockingCall
 from commandbus.sync.worker import SyncWorker
 from commandbus.worker.worker import Worker
 
+__all__ = ["Harness", "Ran", "SyncHarness", "fresh_database", "open_clock", "template_database"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _Types: TypeAlias = tuple[list[str], list[str]]
 """Command types, as two columns: their domains and their names."""
 
-TIMEOUT = timedelta(seconds=30)
+_TIMEOUT = timedelta(seconds=30)
 _POLL_SECONDS = 0.01
 _NAMED = 10  # commands in a message
 _LOOKS = 500  # for sessions that end
@@ -109,7 +111,7 @@ class Harness:
         if self._closing:
             await self.bus.close()
 
-    async def run_until_idle(self, domain: str | Sequence[str] | None = None, *, timeout: timedelta = TIMEOUT) -> Ran:
+    async def run_until_idle(self, domain: str | Sequence[str] | None = None, *, timeout: timedelta = _TIMEOUT) -> Ran:
         """Run what is due, and what that sends, with a real worker, until nothing is left; then stop the worker.
 
         `domain`: default, all. Parked commands and those whose moment has not come are left. Raises `TimeoutError` that
@@ -207,7 +209,7 @@ class SyncHarness:
         if self._closing:
             self.bus.close()
 
-    def run_until_idle(self, domain: str | Sequence[str] | None = None, *, timeout: timedelta = TIMEOUT) -> Ran:
+    def run_until_idle(self, domain: str | Sequence[str] | None = None, *, timeout: timedelta = _TIMEOUT) -> Ran:
         """Run what is due, and what that sends, until nothing is left; see `Harness.run_until_idle`."""
         return self._call(Harness.run_until_idle, domain, timeout=timeout)
 

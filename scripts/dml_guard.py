@@ -2,7 +2,8 @@
 
 Those functions are the one home for every change of a command's state. Looked at are SQL files and the
 strings of Python files under `src`, `examples`, `scripts` and `benchmarks`; tests may spoil rows to see what
-then happens. `migrate.py` and the migrations may write to `migration` and `setting`, which hold no commands.
+then happens. `migrate.py`, the migrations and `testing.py`, which opens the clock of a test database, may write to
+`migration` and `setting`, which hold no commands.
 `benchmarks/stock.py` may fill a database of its own: 10,000,000 commands through the functions take too long.
 
 A table is known by the schema before its name, or by a `CREATE TABLE` among the migrations. A name that is
@@ -23,7 +24,7 @@ from typing import NamedTuple
 FOLDERS = ("src", "examples", "scripts", "benchmarks")
 HOME = Path("src/commandbus/sql/functions")
 MIGRATIONS = Path("src/commandbus/sql/migrations")
-MIGRATOR = Path("src/commandbus/migrate.py")
+BOOKKEEPERS = (Path("src/commandbus/migrate.py"), Path("src/commandbus/testing.py"))
 STOCK = Path("benchmarks/stock.py")
 BOOKKEEPING = frozenset({"migration", "setting"})
 
@@ -93,7 +94,7 @@ def writes(root: Path) -> Iterator[Write]:
         if relative.suffix not in {".py", ".sql"} or relative.is_relative_to(HOME) or relative == STOCK:
             continue
         find = writes_in_python if relative.suffix == ".py" else writes_in_sql
-        bookkeeper = relative == MIGRATOR or relative.is_relative_to(MIGRATIONS)
+        bookkeeper = relative in BOOKKEEPERS or relative.is_relative_to(MIGRATIONS)
         for line, table, statement in find(path.read_text("utf-8"), tables):
             if not (bookkeeper and table in BOOKKEEPING):
                 yield Write(relative, line + 1, statement)

@@ -18,6 +18,7 @@ from typing import Any, Self
 import commandbus
 from commandbus._database import Database
 from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
+from commandbus.testing import SyncHarness
 
 _threads = ThreadPoolExecutor(256, "test")  # as many as a test has calls at once: asyncio's own has 6 on two cores
 
@@ -94,7 +95,12 @@ class Worker(_Awaitable):
         _threads.submit(self.blocking.stop, grace)
 
 
-TWINS = {twin.__name__: twin for twin in (CommandBus, TroubleshootingQueue, Worker)}
+class Harness(_Awaitable):
+    def __init__(self, bus: CommandBus, *args: Any, **more: Any) -> None:
+        super().__init__(SyncHarness(bus.blocking, *args, **more))
+
+
+TWINS = {twin.__name__: twin for twin in (CommandBus, Harness, TroubleshootingQueue, Worker)}
 
 
 def kinds(half: str) -> Any:  # noqa: ANN401 - one of two modules

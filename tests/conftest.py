@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
 import logging
 import os
 import signal
@@ -20,16 +18,15 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from commandbus import CommandBus
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
+from commandbus.testing import fresh_database
 from tests import blocking
 from tests.pgbouncer import pgbouncer
 from tests.sql.mutants import MUTANTS
-from tests.support import Route, assert_sound, eventually
+from tests.support import Route, assert_sound
 
 # Without fsync only a crash of the machine loses anything, and no test makes one. `synchronous_commit`, on
 # which the tests of durability and of speed rest, keeps its default.
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
-
-_numbers = itertools.count(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,7 +78,7 @@ def server(_environment: None) -> Iterator[EmbeddedPostgres]:
 def template(server: EmbeddedPostgres, request: pytest.FixtureRequest) -> str:
     """The name of a migrated database that can only be cloned."""
     name = "commandbus_template"
-    with _administrator(server) as admin:
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
         admin.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
         migrate(server.dsn(name))
         if mutant := request.config.getoption("mutant"):
@@ -96,7 +93,7 @@ def template(server: EmbeddedPostgres, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def dsn(request: pytest.FixtureRequest, server: EmbeddedPostgres, template: str) -> Iterator[str]:
     """The DSN of a migrated database of this test's own, in which `verify` finds nothing wrong after the test."""
-    with _fresh_database(server, template) as dsn:
+    with fresh_database(server.dsn(), template) as dsn:
         yield dsn
         assert_sound(request, dsn)
 
@@ -104,7 +101,7 @@ def dsn(request: pytest.FixtureRequest, server: EmbeddedPostgres, template: str)
 @pytest.fixture
 def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
     """The DSN of an empty database of this test's own."""
-    with _fresh_database(server, "template0") as dsn:
+    with fresh_database(server.dsn(), "template0") as dsn:
         yield dsn
 
 
@@ -167,27 +164,3 @@ async def bus(request: pytest.FixtureRequest, route: Route) -> AsyncIterator[Com
     """An open bus on this test's database."""
     async with blocking.kinds(request.node.callspec.params["route"]).CommandBus(**route) as bus:
         yield bus
-
-
-def _administrator(server: EmbeddedPostgres) -> psycopg.Connection:
-    return psycopg.connect(server.dsn("postgres"), autocommit=True)
-
-
-@contextlib.contextmanager
-def _fresh_database(server: EmbeddedPostgres, template: str) -> Iterator[str]:
-    name = f"test_{next(_numbers)}"
-    with _administrator(server) as admin:
-        admin.execute(sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template)))
-        try:
-            yield server.dsn(name)
-        finally:
-            # A backend ends some milliseconds after its client. DROP DATABASE looks for it again after 100 ms only.
-            eventually(lambda: _end_sessions(admin, name) == 0, what="the end of the sessions in the test's database")
-            admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
-
-
-def _end_sessions(admin: psycopg.Connection, database: str) -> int:
-    """Terminate the sessions in this database; returns how many were found."""
-    return admin.execute(
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", [database]
-    ).rowcount

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from importlib.metadata import entry_points
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 """Where `python -m tests.faults.apps.clock` and the like are found."""
+
+PYTEST = {} if entry_points(group="pytest11", name="pytest_commandbus") else {"PYTEST_PLUGINS": "pytest_commandbus"}
+"""The environment of a user's pytest: where the library is not installed, but on the path, it is told of the plugin."""
 
 Route = dict[str, Any]
 """The arguments by which a `CommandBus` comes to the database of a test."""

@@ -70,6 +70,12 @@ def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
     )
 
 
+def commands(rest: str, *params: object) -> Call[list[Command]]:
+    """Read what this rest of the statement chooses."""
+    sql = f"SELECT {_COLUMNS} FROM commandbus.commands {rest}"
+    return Call(sql, params, lambda rows: [_command(row) for row in rows])
+
+
 # One probe of an index for each domain.
 _DOMAINS = (
     "WITH RECURSIVE d (domain) AS ("

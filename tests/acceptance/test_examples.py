@@ -24,7 +24,7 @@ import psycopg
 import pytest
 
 from tests.acceptance.cli_support import Park
-from tests.support import eventually
+from tests.support import PYTEST, eventually
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -45,15 +45,19 @@ class Example:
     def __init__(self, name: str, dsn: str, logs: Path) -> None:
         self._folder = EXAMPLES / name
         self._logs = logs
-        self._environment = os.environ | {
-            "COMMAND_BUS_DSN": dsn,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            "PYTHONDEVMODE": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            # Python 3.12 and newer warn of a fork where threads run, which is what is shown here.
-            "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(logs), os.environ.get("PYTHONPATH")])),
-        }
+        self._environment = (
+            os.environ
+            | PYTEST
+            | {
+                "COMMAND_BUS_DSN": dsn,
+                "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+                "PYTHONDEVMODE": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                # Python 3.12 and newer warn of a fork where threads run, which is what is shown here.
+                "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(logs), os.environ.get("PYTHONPATH")])),
+            }
+        )
 
     def run(self, *arguments: str) -> str:
         """Run a program to its end and return what it printed."""
@@ -130,6 +134,12 @@ def test_flask_under_gunicorn(arguments: Sequence[str], dsn: str, db: psycopg.Co
         assert request(port, "GET", f"/orders/{answers[7][1]['command_id']}") == (200, completed)
     used = "used_before_the_fork:app" in arguments
     assert ("in the master: 400 sent" in log.read_text()) is used
+
+
+@pytest.mark.parametrize("example", ["flask_app", "ledger"])
+def test_the_examples_own_tests(example: str, dsn: str, tmp_path: Path) -> None:
+    said = Example(example, dsn, tmp_path).run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert re.search(r"^\d+ passed in", said, re.MULTILINE), said
 
 
 def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:

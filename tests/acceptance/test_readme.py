@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import psycopg
@@ -22,10 +23,10 @@ import pytest
 import typer.core
 import typer.main
 
-from commandbus import errors, sync
+from commandbus import errors, sync, testing
 from commandbus._failures import rights
 from commandbus.cli import app
-from tests.support import eventually
+from tests.support import PYTEST, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -81,7 +82,7 @@ class Newcomer:
         self._folder = folder
         self._dsn = dsn
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._environment = os.environ | {"COMMAND_BUS_DSN": dsn, "PATH": path}
+        self._environment = os.environ | PYTEST | {"COMMAND_BUS_DSN": dsn, "PATH": path}
         self._ids: dict[str, str] = {}  # an id that the page shows, and the one that came out here
         self._worker: subprocess.Popen[bytes] | None = None
 
@@ -302,13 +303,14 @@ def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> Non
     assert sorted(named) == sorted(set(given))
 
 
-def test_the_reference_of_the_blocking_api_names_all_of_it() -> None:
-    page = (ROOT / "docs" / "reference" / "sync.md").read_text("utf-8")
+@pytest.mark.parametrize("module", [sync, testing], ids=["sync", "testing"])
+def test_the_reference_names_all_of_the_module(module: ModuleType) -> None:
+    page = (ROOT / "docs" / "reference" / f"{module.__name__.rpartition('.')[2]}.md").read_text("utf-8")
     table = page[: page.index("\n## ")]
     named = [
         name for cell in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
     ]
-    assert sorted(named) == sorted(sync.__all__)
+    assert sorted(named) == sorted(module.__all__)
 
 
 def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> None:

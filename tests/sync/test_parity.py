@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from commandbus import (
     Worker,
 )
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncTroubleshootingQueue, SyncWorker
+from commandbus.testing import Harness, SyncHarness, open_clock
 from tests.bus.support import DOMAIN
 from tests.support import eventually
 
 TWINS: dict[type, type] = {
     CommandBus: SyncCommandBus,
     HandlerContext: SyncHandlerContext,
+    Harness: SyncHarness,
     TroubleshootingQueue: SyncTroubleshootingQueue,
     Worker: SyncWorker,
 }
@@ -46,6 +49,10 @@ EXCEPTIONS = {
     "CommandBus.sending": PARTS,
     "CommandBus.opened": PARTS,
     "CommandBus.max_data_bytes": "an attribute of the async one",
+    "Harness.__aenter__": WITH,
+    "Harness.__aexit__": WITH,
+    "Harness.__enter__": WITH,
+    "Harness.__exit__": WITH,
     "Worker.__enter__": "`start` and `stop`; in asyncio a task of `run` is that",
     "Worker.__exit__": "`start` and `stop`; in asyncio a task of `run` is that",
     "Worker.start": "in asyncio a task of `run` is that",
@@ -157,6 +164,8 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
     }
     queue = SyncTroubleshootingQueue(bus)
     results[SyncTroubleshootingQueue] = called(queue, **sample, command_id=receipt.command_id)
+    open_clock(dsn)
+    results[SyncHarness] = called(SyncHarness(bus, registry), **sample, by=timedelta(0))
     results[SyncCommandBus] = called(bus, **sample, command=receipt)
     for cls in TWINS.values():
         assert results[cls].keys() == methods(cls)

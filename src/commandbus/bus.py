@@ -286,7 +286,7 @@ class CommandBus:
         Raises `ReplyTimeoutError` after the timeout, None being for ever: the command may still end, and you may wait
         again. Raises `CommandNotFoundError`, also of what you sent on a `connection` and did not commit.
         """
-        key = _key(command, command_id)
+        key = key_of(command, command_id)
         _calls.checked_name("domain", key[0], f"command {key[1]}")
         self._check_open()
         with self._waits.expecting(key, Patience(timeout, on_parked)) as wait:
@@ -337,7 +337,7 @@ class CommandBus:
 
     async def get_command(self, command: Receipt | str, command_id: UUID | None = None) -> Command:
         """Return a command, by its receipt or by domain and id. Raises `CommandNotFoundError`."""
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         found = await self.database.repeat(_queries.get_command(domain, command_id))
         if found is None:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
@@ -365,11 +365,11 @@ class CommandBus:
 
     async def explain(self, command: Receipt | str, command_id: UUID | None = None) -> Waiting | None:
         """Say why an unfinished command is where it is; None when it is finished. Raises `CommandNotFoundError`."""
-        return await self.database.repeat(_queries.explain(*_key(command, command_id)))
+        return await self.database.repeat(_queries.explain(*key_of(command, command_id)))
 
     async def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
         """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         events = await self.database.repeat(_queries.audit_trail(domain, command_id))
         if not events:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
@@ -413,7 +413,7 @@ class CommandBus:
 
         Raises `CommandNotFoundError`, or `CommandStateError` when it is finished already.
         """  # noqa: D205
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         await self.database.run(_calls.cancel(domain, command_id, operator, reason))
 
     async def _check_schema(self) -> None:
@@ -426,7 +426,8 @@ class CommandBus:
             raise SchemaError(problem)
 
 
-def _key(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
+def key_of(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
+    """Return domain and id; for the other parts of the library."""
     if isinstance(command, Receipt):
         return command.domain, command.command_id
     if command_id is None:

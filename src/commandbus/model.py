@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -141,20 +142,16 @@ class Reply:
 
         Raises `PermanentCommandError` for anything else: who handles it parks it.
         """
-        try:
-            if command.command_type != REPLY:
-                raise ValueError(command.command_type)
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
             said = command.data
-            status = CommandStatus(said["status"])
-            if not status.terminal:
-                raise ValueError(status)
-            return cls(
-                str(said["domain"]), UUID(said["command_id"]), str(said["command_type"]), status, said["result"],
-                Error.of(said["error"]), command.correlation_id,
+            reply = cls(
+                said["domain"], UUID(said["command_id"]), said["command_type"], CommandStatus(said["status"]),
+                said["result"], Error.of(said["error"]), command.correlation_id,
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError):
-            message = f"command {command.command_id} of type {command.command_type} is no reply of this library"
-            raise PermanentCommandError("NOT_A_REPLY", message) from None
+            if command.command_type == REPLY and reply.status.terminal:
+                return reply
+        message = f"command {command.command_id} of type {command.command_type} is no reply of this library"
+        raise PermanentCommandError("NOT_A_REPLY", message)
 
 
 @dataclass(frozen=True, slots=True)

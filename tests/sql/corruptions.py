@@ -332,12 +332,11 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
     # -------------------------------------------------------------------------------- the replies
     "a reply is lost": ("answered", "reply_missing", f"DELETE FROM commandbus.command WHERE {_ITS_REPLY}"),
     "a reply went elsewhere": ("answered-late", "reply_missing reply_without_end", past("reply_to = 'others'")),
-    "a reply says something else": ("answered-by-hand", "wrong_reply", past("result = '{\"by\": \"foot\"}'")),
+    "a reply says something else": ("answered-by-hand", "wrong_reply", past('result = \'{"by": "foot"}\'')),
     "a reply is of another type": (
         "answered",
-        "wrong_reply",
-        "UPDATE commandbus.command SET command_type = 'Answer', data_hash = "
-        f"commandbus._data_hash('Answer', data) WHERE {_ITS_REPLY}",
+        "data_changed wrong_reply",
+        f"UPDATE commandbus.command SET command_type = 'Answer', data_hash = sha256('x') WHERE {_ITS_REPLY}",
     ),
     "what runs has a reply": ("asking", "reply_without_end", _REPLY_NOW),
     "what is parked has a reply": ("asking-parked", "reply_without_end", _REPLY_NOW),

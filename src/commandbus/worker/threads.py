@@ -6,12 +6,15 @@ ending (6.08 s against 0.04 s). These are daemons.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from uuid import UUID
 
 from commandbus.errors import ConfigurationError
 from commandbus.model import StuckHandler
@@ -32,11 +35,25 @@ def pool_size(given: int | None) -> int:
     return int(text)
 
 
+logger = logging.getLogger("commandbus.worker")
+
+_here = threading.local()  # `threads`: whose thread this is
+
+
+def waiting_here(domain: str, command_id: UUID) -> contextlib.AbstractContextManager[None]:
+    """Say that this thread waits for this command, within the block; a handler's thread runs nothing else meanwhile."""
+    threads: HandlerThreads | None = getattr(_here, "threads", None)
+    return contextlib.nullcontext() if threads is None else threads.waiting(domain, command_id)
+
+
 class HandlerThreads:
     """Threads that run what they are given, started as they are needed; the caller bounds how many."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, size: int, domains: Collection[str]) -> None:
         self._name = name
+        self._size = size
+        self._domains = domains
+        self._awaited: dict[int, tuple[str, UUID]] = {}  # by the identity of the thread that waits for it
         self._work: queue.SimpleQueue[tuple[Lease, Callable[[], None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._busy = 0
@@ -59,6 +76,25 @@ class HandlerThreads:
         for _ in self._threads:
             self._work.put(None)
 
+    @contextlib.contextmanager
+    def waiting(self, domain: str, command_id: UUID) -> Iterator[None]:
+        """Warn if with this one all threads wait for commands of the domains that this worker works for."""
+        ident = threading.get_ident()
+        self._awaited[ident] = domain, command_id
+        try:
+            awaited = list(self._awaited.values())
+            if len(awaited) >= self._size and all(each in self._domains for each, _ in awaited):
+                logger.warning(
+                    "all %d handler threads of worker %s wait for commands that it may have to run itself, and then "
+                    "never end: give it a larger thread_pool_size, or those commands another worker: %s",
+                    self._size,
+                    self._name,
+                    ", ".join(str(each) for _, each in awaited[:10]),
+                )
+            yield
+        finally:
+            del self._awaited[ident]
+
     def runs_here(self) -> bool:
         """Whether the calling thread is one of these, with a handler in it."""
         return threading.get_ident() in self._running
@@ -77,6 +113,7 @@ class HandlerThreads:
         )
 
     def _serve(self) -> None:
+        _here.threads = self
         ident = threading.get_ident()
         while (job := self._work.get()) is not None:
             lease, work, then = job

@@ -91,7 +91,7 @@ class Worker:
         self._stops = 0
         self._ended_before: Counter[type[Ending]] | None = None
         self._hurry = asyncio.Event()
-        self._threads = HandlerThreads(self.name)
+        self._threads = HandlerThreads(self.name, self._thread_pool_size, self.domains)
         self._failure: BaseException | None = None
 
     async def run(self) -> StopReport:

@@ -22,33 +22,38 @@ LANGUAGE sql STABLE AS $$
                               'result', p_ended.result, 'error', p_ended.error)
 $$;
 
--- _reply: tells where the outcomes of these finished commands are wanted. (sent) -> PENDING.
--- Locks: none that anybody holds; with a process that waits, NOTIFY's, from the commit on: it lets one such commit pass
--- at a time. Nobody's notification is worth an ending: when the queue of notifications is half full, because a session
--- that listens never ends its transaction, there is none, for a commit fails when it is full. Who waits looks as well.
--- Replies do not go through send_v1: a result may be larger than what a sender is allowed.
+-- _reply: sends the replies of these commands, which ended at p_finished_at and name a domain. (sent) -> PENDING.
+-- p_sent_at: now, of one whose reply somebody has canceled and which is sent again; verify_v1 wants no other sent twice.
+-- Locks: none that anybody holds. Not through send_v1: a result may be larger than what a sender is allowed.
 CREATE OR REPLACE FUNCTION commandbus._reply(
-    p_domain text, p_asked uuid[], p_reply_to text[], p_finished_at timestamptz) RETURNS void
+    p_domain text, p_asked uuid[], p_finished_at timestamptz, p_sent_at timestamptz DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT FROM unnest(p_reply_to) a WHERE a LIKE '?%') AND pg_notification_queue_usage() < 0.5 THEN
-        PERFORM pg_notify('commandbus' || t.reply_to, t.ids)
-        FROM (SELECT w.reply_to, string_agg(w.command_id::text, ' ') AS ids
-              FROM (SELECT a.reply_to, a.command_id, row_number() OVER (PARTITION BY a.reply_to) / 200 AS page
-                    FROM unnest(p_asked, p_reply_to) AS a (command_id, reply_to) WHERE a.reply_to LIKE '?%') w
-              GROUP BY w.reply_to, w.page) t;  -- 8,000 bytes hold 216 ids
-    END IF;
-    IF EXISTS (SELECT FROM unnest(p_reply_to) a WHERE a NOT LIKE '?%') THEN
-        INSERT INTO commandbus.command
-            (domain, command_id, command_type, status, place, priority, sent_at, correlation_id, data_hash, data, headers)
-        SELECT h.reply_to, commandbus._reply_id(h.domain, h.command_id::text, h.finished_at), 'Reply', 'PENDING',
-               commandbus._place(h.priority), h.priority, h.finished_at, h.correlation_id,
-               commandbus._data_hash('Reply', d.data), d.data, h.headers
-        FROM commandbus.command_history h
-        CROSS JOIN LATERAL (SELECT commandbus._reply_data(h) AS data OFFSET 0) d
-        WHERE h.domain = p_domain AND h.command_id = ANY (p_asked) AND h.finished_at = p_finished_at
-          AND h.reply_to NOT LIKE '?%'
-        ORDER BY h.reply_to, h.command_id;
+    INSERT INTO commandbus.command
+        (domain, command_id, command_type, status, place, priority, sent_at, correlation_id, data_hash, data, headers)
+    SELECT h.reply_to, commandbus._reply_id(h.domain, h.command_id::text, d.sent_at), 'Reply', 'PENDING',
+           commandbus._place(h.priority), h.priority, d.sent_at, h.correlation_id,
+           commandbus._data_hash('Reply', d.data), d.data, h.headers
+    FROM commandbus.command_history h
+    CROSS JOIN LATERAL (
+        SELECT commandbus._reply_data(h) AS data, coalesce(p_sent_at, p_finished_at) AS sent_at OFFSET 0) d
+    WHERE h.domain = p_domain AND h.command_id = ANY (p_asked) AND h.finished_at = p_finished_at
+    ORDER BY h.reply_to, h.command_id;
+END $$;
+
+-- _tell_waiting: tells the buses at these addresses, each of which waits for the command beside it, that it has ended.
+-- Locks: NOTIFY's, from the commit on, which lets one such commit pass at a time. No notification is worth an ending: a
+-- commit fails when their queue is full, because some session that listens never ends its transaction, so that from
+-- half full on there is none. Who waits looks as well.
+CREATE OR REPLACE FUNCTION commandbus._tell_waiting(p_commands uuid[], p_addresses text[]) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF pg_notification_queue_usage() < 0.5 THEN
+        PERFORM pg_notify('commandbus' || t.address, t.ids)
+        FROM (SELECT w.address, string_agg(w.command_id::text, ' ') AS ids
+              FROM (SELECT a.address, a.command_id, row_number() OVER (PARTITION BY a.address) / 200 AS page
+                    FROM unnest(p_commands, p_addresses) AS a (command_id, address)) w
+              GROUP BY w.address, w.page) t;  -- its 8,000 bytes hold 216 ids
     END IF;
 END $$;
 

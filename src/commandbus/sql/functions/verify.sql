@@ -236,7 +236,7 @@ $$;
 
 -- _verify_replies: whether what ended has its reply, and each reply what it tells of. What ended under an older version,
 -- before the migration of replies, has none. A reply is known by its id, and what it says by its hash: an operator may
--- have edited it. One whose command left with its week is sound.
+-- have edited it, or canceled it, and then another may have been sent. One whose command left with its week is sound.
 CREATE OR REPLACE FUNCTION commandbus._verify_replies()
 RETURNS TABLE (violation text, domain text, command_id uuid, detail text)
 LANGUAGE sql STABLE AS $$
@@ -255,7 +255,7 @@ LANGUAGE sql STABLE AS $$
       AND h.finished_at > (SELECT m.applied_at FROM commandbus.migration m WHERE m.version = 3)
     UNION ALL
     SELECT 'reply_without_end', r.domain, r.command_id,
-           format('it tells of the end of command %s in "%s", which did not end then',
+           format('it tells of the end of command %s in "%s", which did not end then, or was told of before',
                   r.data ->> 'command_id', r.data ->> 'domain')
     FROM commandbus._kept() r
     WHERE r.command_type = 'Reply'
@@ -264,7 +264,11 @@ LANGUAGE sql STABLE AS $$
                       || to_char(date_trunc('week', r.sent_at AT TIME ZONE 'UTC'), 'IYYY"w"IW')) IS NOT NULL
       AND NOT EXISTS (SELECT FROM commandbus.command_history h
                       WHERE h.domain = r.data ->> 'domain' AND h.command_id::text = r.data ->> 'command_id'
-                        AND h.finished_at = r.sent_at AND h.reply_to = r.domain)
+                        AND h.reply_to = r.domain
+                        AND (h.finished_at = r.sent_at OR h.finished_at < r.sent_at AND EXISTS (
+                            SELECT FROM commandbus.command_history f
+                            WHERE f.domain = h.reply_to AND f.status = 'CANCELED' AND f.command_id
+                                  = commandbus._reply_id(h.domain, h.command_id::text, h.finished_at))))
 $$;
 
 -- verify_v1: everything that the functions of this folder cannot have left behind; a row for each violation, none when

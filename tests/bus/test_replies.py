@@ -241,10 +241,9 @@ async def test_ten_thousand_waits_are_one_statement_at_a_time(
     assert sessions <= before + 2  # the listener, and a connection of the pool
 
 
+@direct_only
 async def test_who_calls_in_a_loop_is_heard_each_time(bus: CommandBus, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing but hints to go by, on both ways; polls are an hour apart."""
-    if bus.database.transaction_pooler:
-        pytest.skip("no hints come through a pooler")
     monkeypatch.setattr(_waits, "_SHORTEST", 3600.0)
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         with pytest.raises(ReplyTimeoutError):

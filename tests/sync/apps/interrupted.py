@@ -1,7 +1,8 @@
 """Sends and is interrupted, so many times, each time at a random moment inside the library; tells what it knows.
 
-Arguments: the DSN, what is called (send, send_batch, call or run), what interrupts it (KeyboardInterrupt, Late or timeout),
-how many times, and the seed. Prints what was acknowledged, and for each interruption the ids and what was said of them.
+Arguments: the DSN, what is called (send, send_batch, call or run), what interrupts it (KeyboardInterrupt, Late or
+timeout), how many times, and the seed. Prints what was acknowledged, and for each interruption the ids and what was
+said of them.
 """
 
 from __future__ import annotations

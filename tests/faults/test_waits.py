@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from commandbus import CommandBus, ReplyTimeoutError, Worker
+from commandbus import CommandBus, ConfigurationError, ReplyTimeoutError, Worker
 from commandbus.embedded import EmbeddedPostgres
 from commandbus.migrate import migrate
 from tests.bus.support import DOMAIN, complete, lease, one
@@ -28,7 +28,7 @@ def own_server() -> Iterator[EmbeddedPostgres]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             server = EmbeddedPostgres(Path(folder, "data"), settings=settings).start()
-        except RuntimeError:
+        except ConfigurationError:
             pytest.skip("this PostgreSQL has a queue of 8 GB")
         try:
             migrate(server.dsn("postgres"))
@@ -48,6 +48,12 @@ async def test_who_waits_while_the_server_crashes_is_told_afterwards(own_server:
             assert (await call).data == 7
 
 
+def fill_notifications(db: psycopg.Connection) -> None:
+    """Say so much that the queue is full, which raises."""
+    while True:
+        db.execute("SELECT pg_notify('commandbus', repeat('x', 7000) || n) FROM generate_series(1, 20) n")
+
+
 def test_a_full_queue_of_notifications_keeps_nothing_from_ending(own_server: EmbeddedPostgres) -> None:
     dsn = own_server.dsn("postgres")
     with psycopg.connect(dsn, autocommit=True) as db, psycopg.connect(dsn) as deaf:
@@ -55,8 +61,7 @@ def test_a_full_queue_of_notifications_keeps_nothing_from_ending(own_server: Emb
         deaf.commit()
         deaf.execute("SELECT 1")  # a transaction that does not end: what is said to it stays in the queue
         with pytest.raises(psycopg.errors.ProgramLimitExceeded):
-            while True:
-                db.execute("SELECT pg_notify('commandbus', repeat('x', 7000) || n) FROM generate_series(1, 20) n")
+            fill_notifications(db)
         sent = '[{"domain": "payments", "command_type": "Debit", "reply_to": "?%s"}]' % ("a" * 32)
         db.execute("SELECT commandbus.send_v1(%s)", [sent])
         assert one(db, "SELECT pg_notification_queue_usage() > 0.5")

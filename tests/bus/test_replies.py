@@ -27,10 +27,11 @@ from commandbus import (
     ReplyTimeoutError,
     TroubleshootingQueue,
     Worker,
+    _hints,
     _waits,
 )
 from commandbus._database import Database
-from tests.bus.support import DOMAIN, Connection, complete, fail, lease, one, rows, terminate, until
+from tests.bus.support import DOMAIN, Connect, Connection, complete, fail, lease, one, rows, terminate, until
 from tests.support import Route, async_only, direct_only, nested
 from tests.worker.support import echo, registry_of, running
 
@@ -242,13 +243,31 @@ async def test_ten_thousand_waits_are_one_statement_at_a_time(
 
 
 @direct_only
-async def test_who_calls_in_a_loop_is_heard_each_time(bus: CommandBus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing but hints to go by, on both ways; polls are an hour apart."""
+async def test_who_calls_is_told_of_the_end(bus: CommandBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing but notifications to go by: looks are an hour apart."""
     monkeypatch.setattr(_waits, "_SHORTEST", 3600.0)
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         with pytest.raises(ReplyTimeoutError):
             await bus.wait(await bus.send(DOMAIN, "Unknown", {}), timeout=timedelta(seconds=1))  # it listens
-        assert [(await bus.call(DOMAIN, "Debit", n, timeout=LONG)).data for n in range(20)] == list(range(20))
+        assert [(await bus.call(DOMAIN, "Debit", n, timeout=LONG)).data for n in range(5)] == list(range(5))
+
+
+@direct_only
+async def test_each_call_hints_to_the_workers(
+    bus: CommandBus, db: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_hints, "_INTERVAL", 3600.0)  # what is not awaited has one hint only
+    listener = connect(autocommit=True)
+    listener.execute("LISTEN commandbus")
+    calls = []
+    for number in range(1, 4):
+        calls.append(asyncio.create_task(bus.call(DOMAIN, "Debit", {}, timeout=LONG)))
+        await until(lambda n=number: one(db, "SELECT count(*) = %s FROM commandbus.command", n), "the command")  # type: ignore[misc]
+        (notice,) = await asyncio.to_thread(lambda: list(listener.notifies(timeout=10, stop_after=1)))
+        assert notice.payload == DOMAIN
+    for _ in calls:
+        assert complete(db, lease(db, "Debit"), 7) == "done"
+    assert [(await each).data for each in calls] == [7, 7, 7]
 
 
 # --------------------------------------------------------------------------------------- replies to a domain

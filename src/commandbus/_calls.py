@@ -43,10 +43,7 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A command on its way: checked and serialised, in the caller's thread. `minted`: the id was made for this send.
-
-    `awaited`: somebody waits for its end.
-    """
+    """A command on its way, checked and serialised. `minted`: its id was made for this send; `awaited`: by a call."""
 
     domain: str
     command_id: UUID

@@ -18,6 +18,7 @@ NAMES = (
     "send",
     "batch",
     "latency",
+    "replies",
     "processes",
     "growth",
     "bloat",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 
 import psycopg
@@ -35,6 +36,7 @@ from commandbus.sync import SyncCommandBus, SyncRuntime, SyncWorker
 
 _LOOK_SECONDS = 0.02
 _HOUR = 3600.0
+_PATIENCE = timedelta(seconds=30)
 
 
 def setup(options: Options) -> Answer:
@@ -187,6 +189,33 @@ def _work_in_threads(options: Options, tally: Tally) -> Answer:
         return answer(tally.total(), began, settings=settings)
 
 
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+def call(options: Options) -> Answer:
+    """Call from threads, each of which pauses before the next, a worker in another process whose handlers are async."""
+    served = {"dsn": options["dsn"], "mode": "async", "concurrency": options["concurrency"]}
+
+    def ask(bus: SyncCommandBus) -> None:
+        bus.call(DOMAIN, TYPE, options["payload"], timeout=_PATIENCE)
+
+    with serving(served), SyncCommandBus(options["dsn"]) as bus:
+        return send_in_threads(options, lambda: contextlib.nullcontext(partial(ask, bus)))
+
+
+@contextlib.contextmanager
+def serving(options: Options) -> Iterator[subprocess.Popen[str]]:
+    """Let a worker in another process serve while this is open."""
+    command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
+        try:
+            wait_for_workers(options["dsn"])
+            yield worker
+        finally:
+            worker.terminate()
+            worker.wait()  # what it has to say fits into the pipe
+
+
 # -- from sender to handler --------------------------------------------------------------------------------------------
 
 
@@ -202,13 +231,9 @@ def latency(options: Options) -> Answer:
                 await bus.send(DOMAIN, TYPE, {**options["payload"], "at": time.monotonic()})
             await asyncio.sleep(1)
 
-    command = [sys.executable, "-m", "benchmarks.ours", "serve", json.dumps(served)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:  # noqa: S603 - ourselves
-        try:
-            wait_for_workers(options["dsn"])
-            asyncio.run(run())
-        finally:
-            worker.terminate()
+    with serving(served) as worker:
+        asyncio.run(run())
+        worker.terminate()
         done: Answer = json.loads(worker.communicate()[0])
     latencies = [period["max"] for period in done["periods"]]  # one in each
     return {"latencies_ms": latencies, "settings": {"pause_ms": options["pause_ms"], **done["settings"]}}
@@ -273,6 +298,7 @@ ACTIONS = {
     "batch": batch,
     "drain": drain,
     "latency": latency,
+    "call": call,
     "hop": hop,
     "serve": serve,
     "flow": flow,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import random
 import re
 import signal
 import sys
@@ -101,6 +102,7 @@ def send_in_threads(options: Options, sender: Callable[[], AbstractContextManage
             send(), send()  # connects and prepares
             ready.wait(60)
             for _ in numbers:
+                time.sleep(random.uniform(0.5, 1.5) * options.get("pause_ms", 0) / 1000)  # noqa: S311 - out of step
                 began = time.monotonic()
                 send()
                 latencies.append((time.monotonic() - began) * 1000)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
@@ -43,12 +43,17 @@ class Call(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A command on its way: checked and serialised, in the caller's thread. `minted`: the id was made for this send."""
+    """A command on its way, checked and serialised. `minted`: its id was made for this send; `awaited`: by a call."""
 
     domain: str
     command_id: UUID
     minted: bool
     text: str
+    awaited: bool = False
+
+    def asking(self, address: str) -> Outgoing:
+        """Return the same, but when it ends the bus at this address is told to look."""
+        return replace(self, text=f'{self.text[:-1]},"reply_to":"{address}"}}', awaited=True)
 
     def row(self, *, minted: bool) -> str:
         """Return the row for `send_v1`; one that is not minted, or was on its way before, is looked up there."""
@@ -68,8 +73,8 @@ def outgoing(
     command_id = own_id or fresh_id
     name = str(command_id)  # once: it takes 0.6 us
     what = f"command {name}"
-    domain = _name("domain", request.domain, what)
-    command_type = _name("command_type", request.command_type, what)
+    domain = checked_name("domain", request.domain, what)
+    command_type = checked_name("command_type", request.command_type, what)
     data = encode(request.data, f"{what}: data", max_data_bytes)
     text = (
         f'{{"domain":"{domain}","command_type":"{command_type}","command_id":"{name}","data":{data}'
@@ -86,7 +91,7 @@ def _options(request: SendRequest, headers: Mapping[str, str], what: str) -> str
     if request.correlation_id is not None:
         found += f',"correlation_id":{_text("correlation_id", request.correlation_id, MAX_CORRELATION_ID, what)}'
     if request.reply_to is not None:
-        found += f',"reply_to":"{_name("reply_to", request.reply_to, what)}"'
+        found += f',"reply_to":"{checked_name("reply_to", request.reply_to, what)}"'
     if request.max_attempts is not None:
         found += f',"max_attempts":{_bounded("max_attempts", request.max_attempts, 1, 1_000_000, what)}'
     if request.priority:
@@ -127,7 +132,7 @@ def wake(domains: Sequence[str]) -> Call[None]:
     return Call("SELECT commandbus.wake_v1(%s)", (list(domains),), lambda _: None)
 
 
-def _name(field: str, value: object, what: str) -> str:
+def checked_name(field: str, value: object, what: str) -> str:
     found = _NAME.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise InvalidCommandError(
@@ -140,11 +145,6 @@ def _bounded(field: str, value: object, low: int, high: int, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidCommandError(f"{what}: {field} is {shown(value)}: it must be {low} to {high:,}")
     return int(value)
-
-
-def listen() -> Call[None]:
-    """Ask to be sent the hints."""
-    return Call("LISTEN commandbus", (), lambda _: None)
 
 
 # -- leases ------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import TypeAlias, cast
 from uuid import UUID
@@ -18,6 +18,7 @@ from commandbus.model import (
     Error,
     Json,
     Page,
+    Reply,
     Stat,
     TroubleshootingFilter,
     TroubleshootingGroup,
@@ -41,7 +42,7 @@ def _command(row: Row) -> Command:
      attempts, crashes, delivery, result, error, *rest) = row  # fmt: skip
     return Command(
         domain, command_id, command_type, CommandStatus(status), json_of(data), json_of(headers), correlation_id,
-        reply_to, priority, max_attempts, attempts, crashes, delivery, json_of(result), _error(json_of(error)), *rest,
+        reply_to, priority, max_attempts, attempts, crashes, delivery, json_of(result), Error.of(json_of(error)), *rest,
     )  # fmt: skip
 
 
@@ -53,12 +54,6 @@ def json_of(text: str | None) -> Json:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return f"<cannot be read: {error}>"
-
-
-def _error(value: Json) -> Error | None:
-    if not isinstance(value, dict):
-        return None
-    return Error(str(value.get("code", "")), str(value.get("message", "")), value.get("details"))
 
 
 def get_command(domain: str, command_id: UUID) -> Call[Command | None]:
@@ -250,7 +245,7 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
         fields = list(row)
         fields[5] = CommandStatus(row[5]) if row[5] else None
         fields[6] = CommandStatus(row[6])
-        fields[13:] = _error(json_of(row[13])), json_of(row[14])
+        fields[13:] = Error.of(json_of(row[13])), json_of(row[14])
         return AuditEvent(*fields)
 
     return Call(
@@ -259,6 +254,34 @@ def audit_trail(domain: str, command_id: UUID) -> Call[list[AuditEvent]]:
         "WHERE domain = %s AND command_id = %s ORDER BY step",
         (domain, command_id),
         lambda rows: [read(row) for row in rows],
+    )
+
+
+Key: TypeAlias = tuple[str, UUID]
+"""The domain and the id of a command."""
+
+
+def outcomes(keys: Mapping[Key, bool]) -> Call[dict[Key, Reply | None]]:
+    """Return how these ended, and of those that are true here whether they are parked; see `outcomes_v1`.
+
+    A parked one has a reply of that status. None: there is no such command. Missing: it goes on.
+    """
+    items = [{"domain": key[0], "command_id": str(key[1]), "parked": parked} for key, parked in keys.items()]
+
+    def read(row: Row) -> Reply | None:
+        domain, command_id, command_type, status, result, error, correlation_id = row
+        if status is None:
+            return None
+        return Reply(
+            domain, command_id, command_type, CommandStatus(status), json_of(result), Error.of(json_of(error)),
+            correlation_id,
+        )  # fmt: skip
+
+    return Call(
+        "SELECT domain, command_id, command_type, status, result, error, correlation_id "
+        "FROM commandbus.outcomes_v1(%s)",
+        (json.dumps(items),),
+        lambda rows: {(row[0], row[1]): read(row) for row in rows},
     )
 
 

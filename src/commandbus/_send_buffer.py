@@ -238,7 +238,9 @@ class SendBuffer:
             answers = iter(outcomes)
             for parcel in batch:
                 parcel.settle(list(islice(answers, len(parcel.outgoings))))
-            await self._hints.give(connection, {one.domain for parcel in batch for one in parcel.outgoings})
+            sent = [one for parcel in batch for one in parcel.outgoings]
+            awaited = {one.domain for one in sent if one.awaited}
+            await self._hints.give(connection, {one.domain for one in sent}, awaited)
 
     async def _sort_out(self, batch: list[Parcel], error: Exception) -> bool:
         """Decide what a failed flush means for its parcels. True: try those that still wait again, as they are."""

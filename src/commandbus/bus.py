@@ -22,6 +22,7 @@ from commandbus._hints import Hints
 from commandbus._ids import new_id
 from commandbus._limits import MAX_BYTES, shown
 from commandbus._send_buffer import SendBuffer
+from commandbus._waits import Patience, Waits
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
@@ -40,8 +41,10 @@ from commandbus.model import (
     Command,
     CommandStatus,
     Json,
+    OnParked,
     Page,
     Receipt,
+    Reply,
     SendRequest,
     Stat,
     Violation,
@@ -96,6 +99,7 @@ class CommandBus:
         )
         self._hints = Hints(self._database)
         self._buffer = SendBuffer(self._database, self._hints, connections=flush_connections)
+        self._waits = Waits(self._database)
         self.max_data_bytes = MAX_BYTES  # the most that a database can allow; `open` learns what this one does
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -124,6 +128,7 @@ class CommandBus:
         if self._loop is not None and not self._closed:
             self._closed = True
             try:
+                await self._waits.close()
                 await self._buffer.drain()
             finally:
                 self._hints.close()
@@ -262,11 +267,77 @@ class CommandBus:
         self.tracing.inject(headers)
         return _calls.outgoing(request, headers, new_id(), self.max_data_bytes)
 
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    async def wait(
+        self,
+        command: Receipt | str,
+        command_id: UUID | None = None,
+        *,
+        timeout: timedelta | None,
+        on_parked: OnParked = "wait",
+    ) -> Reply:
+        """Wait until a command has ended, by its receipt or by domain and id; return how. Any process may.
+
+        An end without success is a `Reply` as well. A parked command has not ended; `on_parked="raise"` raises
+        `CommandParkedError` then. All waits of a bus share a statement and a connection, which is not one of the pool.
+        Of a command that `call` did not send it is known within a second that it ended.
+
+        Raises `ReplyTimeoutError` after the timeout, None being for ever: the command may still end, and you may wait
+        again. Raises `CommandNotFoundError`, also of what you sent on a `connection` and did not commit.
+        """
+        key = key_of(command, command_id)
+        _calls.checked_name("domain", key[0], f"command {key[1]}")
+        self._check_open()
+        with self._waits.expecting(key, Patience(timeout, on_parked)) as wait:
+            return await self._waits.reply(wait)
+
+    async def call(
+        self,
+        domain: str,
+        command_type: str,
+        data: Json,
+        *,
+        timeout: timedelta | None,
+        on_parked: OnParked = "wait",
+        command_id: UUID | None = None,
+        correlation_id: str | None = None,
+        max_attempts: int | None = None,
+        delay: timedelta | None = None,
+        priority: int = 0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Send one command and wait until it has ended: `send` and `wait` in one, and the end is told at once.
+
+        The timeout is for both. Raises what they raise; after `ReplyTimeoutError` the command is there all the same,
+        and `wait` takes the error's `domain` and `command_id`.
+        """
+        request = SendRequest(
+            domain,
+            command_type,
+            data,
+            command_id=command_id,
+            correlation_id=correlation_id,
+            max_attempts=max_attempts,
+            delay=delay,
+            priority=priority,
+            headers=headers,
+        )
+        return await self._ask(self._outgoing(request), timeout, on_parked)
+
+    async def _ask(self, outgoing: Outgoing, timeout: timedelta | None, on_parked: OnParked) -> Reply:
+        self._check_open()
+        patience = Patience(timeout, on_parked)
+        outgoing = outgoing.asking(self._waits.address)
+        with self._waits.expecting((outgoing.domain, outgoing.command_id), patience) as wait:
+            sent = receipt(outgoing, *await self._buffer.send([outgoing], patience.bounded(self._send_timeout)))
+            return await self._waits.reply(wait, at_once=sent.duplicate)
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     async def get_command(self, command: Receipt | str, command_id: UUID | None = None) -> Command:
         """Return a command, by its receipt or by domain and id. Raises `CommandNotFoundError`."""
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         found = await self.database.repeat(_queries.get_command(domain, command_id))
         if found is None:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
@@ -294,11 +365,11 @@ class CommandBus:
 
     async def explain(self, command: Receipt | str, command_id: UUID | None = None) -> Waiting | None:
         """Say why an unfinished command is where it is; None when it is finished. Raises `CommandNotFoundError`."""
-        return await self.database.repeat(_queries.explain(*_key(command, command_id)))
+        return await self.database.repeat(_queries.explain(*key_of(command, command_id)))
 
     async def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
         """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         events = await self.database.repeat(_queries.audit_trail(domain, command_id))
         if not events:
             raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
@@ -342,7 +413,7 @@ class CommandBus:
 
         Raises `CommandNotFoundError`, or `CommandStateError` when it is finished already.
         """  # noqa: D205
-        domain, command_id = _key(command, command_id)
+        domain, command_id = key_of(command, command_id)
         await self.database.run(_calls.cancel(domain, command_id, operator, reason))
 
     async def _check_schema(self) -> None:
@@ -355,7 +426,8 @@ class CommandBus:
             raise SchemaError(problem)
 
 
-def _key(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
+def key_of(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
+    """Return domain and id; for the other parts of the library."""
     if isinstance(command, Receipt):
         return command.domain, command.command_id
     if command_id is None:

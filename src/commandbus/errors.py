@@ -8,6 +8,8 @@
     ├── LeaseLostError            the outcome of a delivery can no longer be recorded
     ├── SendTimeoutError          the command was withdrawn: it was not sent
     ├── OutcomeUnknownError       it may or may not have been sent; carries the id
+    ├── ReplyTimeoutError         a command that was waited for has not ended yet; carries its domain and id
+    ├── CommandParkedError        a command that was waited for is parked; carries its domain and id
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
     ├── DatabaseUnavailableError  no connection, or no room or time there; nothing was done
     ├── SchemaError               the database's schema does not fit this version
@@ -93,6 +95,23 @@ class SendTimeoutError(_OfCommandError):
 
 class OutcomeUnknownError(_OfCommandError):
     """The command may or may not have been sent. Send it again with the same `command_id`: that is idempotent."""
+
+
+class _AwaitedError(_OfCommandError):
+    """An error about a command that was waited for."""
+
+    def __init__(self, message: str, command_id: UUID, domain: str) -> None:
+        super().__init__(message, command_id)
+        self.args = message, command_id, domain
+        self.domain = domain
+
+
+class ReplyTimeoutError(_AwaitedError):
+    """The command has not ended within the timeout. It still may: wait again for this domain and id."""
+
+
+class CommandParkedError(_AwaitedError):
+    """The command is parked, and an operator has to decide. It may still end: wait again for this domain and id."""
 
 
 class PartialSendError(CommandBusError):

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 from uuid import UUID
+
+from commandbus.errors import PermanentCommandError
 
 Json: TypeAlias = Any
 """Anything that `json.dumps` takes: the one place where `Any` is allowed."""
 
 T = TypeVar("T")
+
+OnParked: TypeAlias = Literal["wait", "raise"]
+"""What a parked command is to who waits for it: no end, or a `CommandParkedError`."""
+
+REPLY = "Reply"
+"""The type of the commands that tell a domain how others ended."""
 
 MOST_COUNTED = 10_000
 """Where `explain_v1` stops counting what stands before a command."""
@@ -68,6 +77,13 @@ class Error:
     message: str = ""
     details: Json = None
 
+    @classmethod
+    def of(cls, value: Json) -> Error | None:
+        """Return the error that is kept as this JSON value; None if it is none."""
+        if not isinstance(value, dict):
+            return None
+        return cls(str(value.get("code", "")), str(value.get("message", "")), value.get("details"))
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -96,6 +112,46 @@ class Command:
     claimed_at: datetime | None
     lease_until: datetime | None
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How a command ended: `COMPLETED`, `FAILED` or `CANCELED`. `data` is its result; `error` says why it has none."""
+
+    domain: str
+    command_id: UUID
+    command_type: str
+    status: CommandStatus
+    data: Json
+    error: Error | None
+    correlation_id: str | None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it was completed, by its handler or by an operator."""
+        return self.status is CommandStatus.COMPLETED
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended without success: a business rule said no, or it was canceled."""
+        return not self.succeeded
+
+    @classmethod
+    def of(cls, command: Command) -> Reply:
+        """Return what a command of type `Reply` tells, which came to the domain that `reply_to` named.
+
+        Raises `PermanentCommandError` for anything else: who handles it parks it.
+        """
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+            said = command.data
+            reply = cls(
+                said["domain"], UUID(said["command_id"]), said["command_type"], CommandStatus(said["status"]),
+                said["result"], Error.of(said["error"]), command.correlation_id,
+            )  # fmt: skip
+            if command.command_type == REPLY and reply.status.terminal:
+                return reply
+        message = f"command {command.command_id} of type {command.command_type} is no reply of this library"
+        raise PermanentCommandError("NOT_A_REPLY", message)
 
 
 @dataclass(frozen=True, slots=True)

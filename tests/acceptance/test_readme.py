@@ -297,7 +297,8 @@ def test_the_reference_of_errors_names_each_class_and_its_code() -> None:
 def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8")
     named = re.findall(r"^\| `([A-Z_]+)` \| [^|]* \|$", page, re.MULTILINE)
-    worker = "".join(path.read_text("utf-8") for path in (SQL.parent / "worker").glob("*.py"))
+    python = [*(SQL.parent / "worker").glob("*.py"), SQL.parent / "model.py"]
+    worker = "".join(path.read_text("utf-8") for path in python)
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
     given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
     assert sorted(named) == sorted(set(given))

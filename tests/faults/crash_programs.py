@@ -39,11 +39,12 @@ from commandbus import (
     _batches,
     _database,
     _hints,
+    _listener,
     troubleshooting,
 )
 from commandbus.migrate import migrate as migrate_database
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncWorker
-from commandbus.worker import heartbeat, listener, renewer
+from commandbus.worker import heartbeat, renewer
 from tests import blocking
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ def _end_with_the_test() -> None:
 def _shorten() -> None:
     """Let this process give up what hangs after a second, and send and act on few commands at a time."""
     _database.CALL_SECONDS = renewer._CALL_SECONDS = DEADLINE
-    _hints._DEADLINE = heartbeat._ANSWER_SECONDS = listener._ANSWER_SECONDS = DEADLINE
+    _hints._DEADLINE = heartbeat._ANSWER_SECONDS = _listener._ANSWER_SECONDS = DEADLINE
     troubleshooting._LONG_SECONDS = DEADLINE
     troubleshooting._MAX_BATCH = _batches.MAX_ROWS = 2  # type: ignore[attr-defined]
 

@@ -72,7 +72,17 @@ _OTHER = "gen_random_uuid()"
 _FIRST = "(SELECT a.lease_token FROM commandbus.audit_trail a WHERE a.command_id = %(id)s AND a.step = 2)"
 _BACK = "status = 'PENDING', place = commandbus._place(priority), due_at = NULL, parked_at = NULL, alone_since = NULL"
 
-# What is done to which command, and all that is reported then.
+# The reply to this command, when it ends now, and the one that it has.
+_REPLY_NOW = """WITH gone AS (SELECT c.* FROM commandbus.command c WHERE c.command_id = %(id)s), reply AS (
+        SELECT g.*, clock_timestamp() AS now, jsonb_build_object('domain', g.domain, 'command_id', g.command_id) AS said
+        FROM gone g)
+    INSERT INTO commandbus.command (domain, command_id, command_type, status, place, sent_at, data_hash, data, headers)
+    SELECT r.reply_to, commandbus._reply_id(r.domain, r.command_id::text, r.now), 'Reply', 'PENDING',
+           commandbus._place(0::smallint), r.now, commandbus._data_hash('Reply', r.said), r.said, r.headers
+    FROM reply r"""
+_ITS_REPLY = "domain = 'replies' AND data ->> 'command_id' = %(id)s"
+
+# What is done to which command, and all that is reported then: of it, or of its reply.
 CORRUPTIONS: dict[str, tuple[str, ...]] = {
     # ------------------------------------------------------------------------------- what is kept
     "an unfinished command is lost": ("released", "event_without_command", gone("command")),
@@ -323,5 +333,23 @@ CORRUPTIONS: dict[str, tuple[str, ...]] = {
         "completed",
         "time_order",
         past("claimed_at = finished_at + interval '1 us'"),
+    ),
+    # -------------------------------------------------------------------------------- the replies
+    "a reply is lost": ("answered", "reply_missing", f"DELETE FROM commandbus.command WHERE {_ITS_REPLY}"),
+    "a reply went elsewhere": ("answered-late", "reply_missing reply_without_end", past("reply_to = 'others'")),
+    "a reply says something else": ("answered-by-hand", "wrong_reply", past('result = \'{"by": "foot"}\'')),
+    "a reply is of another type": (
+        "answered",
+        "data_changed wrong_reply",
+        f"UPDATE commandbus.command SET command_type = 'Answer', data_hash = sha256('x') WHERE {_ITS_REPLY}",
+    ),
+    "what runs has a reply": ("asking", "reply_without_end", _REPLY_NOW),
+    "what is parked has a reply": ("asking-parked", "reply_without_end", _REPLY_NOW),
+    "what has a reply is lost": ("answered", "reply_without_end", gone("command_history")),
+    "what has a reply runs again": (
+        "answered",
+        "reply_without_end wrong_attempts wrong_delivery",
+        _ALSO_UNFINISHED,
+        gone("command_history"),
     ),
 }

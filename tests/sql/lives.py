@@ -54,6 +54,13 @@ LIVES = {
     "canceled-parked": "claim PERMANENT cancel",
     "given-up": "claim PERMANENT retry claim PERMANENT operator_cancel",
     "done-by-hand": "claim TRANSIENT claim PERMANENT operator_complete",
+    "asking": "claim",
+    "asking-parked": "claim PERMANENT",
+    "answered": "claim complete",
+    "answered-late": "claim TRANSIENT claim BUSINESS",
+    "answered-by-hand": "claim PERMANENT operator_complete",
+    "answered-canceled": "cancel",
+    "awaited": "claim complete",
 }
 _SENT: dict[str, Row] = {
     "delayed": {"delay": LONG},
@@ -62,6 +69,8 @@ _SENT: dict[str, Row] = {
     "exhausted": {"max_attempts": 3},
     "running-again": {"max_attempts": 2},
     "backing-off": {"max_attempts": 2},
+    **{name: {"reply_to": "replies"} for name in LIVES if name.startswith(("asking", "answered"))},
+    "awaited": {"reply_to": f"?{'a' * 32}"},
 }
 
 

@@ -201,6 +201,28 @@ _ALL = (
         (("ORDER BY q.due_at LIMIT 500 FOR", "ORDER BY q.due_at FOR"),),
         "test_claim.py::test_at_most_500_are_promoted_in_a_call",
     ),
+    # ------------------------------------------------------------------------------------------------ replies
+    Mutant(
+        "reply-missing", "what ends sends no reply", "command.sql",
+        (("PERFORM commandbus._reply(v_domain, v_asked, v_now);", "NULL;"),),
+        "test_replies.py::test_a_verdict_that_ends_sends_a_reply_to_each_that_asked[complete]",
+    ),
+    Mutant(
+        "reply-twice", "what ends sends two replies", "command.sql",
+        (("PERFORM commandbus._reply(v_domain, v_asked, v_now);",
+          "PERFORM commandbus._reply(v_domain, v_asked, v_now, t.at) FROM (VALUES (v_now), (now())) t (at);"),),
+        "test_replies.py::test_a_verdict_that_ends_sends_a_reply_to_each_that_asked[complete]",
+    ),
+    Mutant(
+        "reply-tells-nobody", "a bus that waits is not told", "command.sql",
+        (("PERFORM commandbus._tell_waiting(v_awaited, v_address);", "NULL;"),),
+        "test_replies.py::test_a_bus_is_told_the_ids_of_its_own",
+    ),
+    Mutant(
+        "outcome-of-the-unfinished", "what goes on is said to have ended", "reply.sql",
+        (("f.status IN ('COMPLETED', 'FAILED', 'CANCELED')", "f.status <> 'IN_TROUBLESHOOTING_QUEUE'"),),
+        "test_replies.py::test_outcomes_are_of_what_has_ended_and_of_the_parked_if_asked",
+    ),
     # ------------------------------------------------------------------------------------------------ crashes
     Mutant(
         "sweep-takes-the-living", "leases that last are swept too", "claim.sql",

@@ -53,8 +53,10 @@ def loose(module_dsn: str, lived: dict[str, str]) -> Iterator[Connection]:
 
 
 def found(db: Connection) -> set[tuple[str, str]]:
-    """What is reported: names of violations, with ids."""
-    reported = rows(db, "SELECT violation, command_id FROM commandbus.verify_v1()")
+    """What is reported: names of violations, with ids; for a reply that of the command whose end it tells of."""
+    reply = "c.domain = 'replies' AND c.command_id = v.command_id"
+    told = f"SELECT c.data ->> 'command_id' FROM commandbus.command c WHERE {reply}"
+    reported = rows(db, f"SELECT v.violation, coalesce(({told}), v.command_id::text) FROM commandbus.verify_v1() v")
     return {(violation, str(command_id)) for violation, command_id in reported}
 
 

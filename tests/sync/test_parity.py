@@ -19,6 +19,7 @@ from commandbus import (
     CommandStateError,
     HandlerContext,
     HandlerRegistry,
+    ReplyTimeoutError,
     TroubleshootingFilter,
     TroubleshootingQueue,
     Worker,
@@ -129,7 +130,7 @@ def called(thing: object, **given: object) -> dict[str, object]:
         keyword = {each.name: given[each.name] for each in required if each.kind is each.KEYWORD_ONLY}
         try:
             results[name] = method(*positional, **keyword)
-        except CommandStateError as error:  # an action that comes after another
+        except (CommandStateError, ReplyTimeoutError) as error:  # after another action; no worker is there any more
             results[name] = error
     return results
 
@@ -161,6 +162,7 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
         "requests": [],
         "operator": "ana",
         "reason": "why",
+        "timeout": timedelta(milliseconds=50),
     }
     queue = SyncTroubleshootingQueue(bus)
     results[SyncTroubleshootingQueue] = called(queue, **sample, command_id=receipt.command_id)

@@ -84,13 +84,16 @@ def test_the_attributes_are_what_was_given() -> None:
     kept = {cls.__name__: vars(instance(cls)) for cls in CLASSES if vars(instance(cls))}
     verdict = {"code": "the code", "message": "the message", "details": FURTHER["details"]}
     named = {"command_id": ID}
+    awaited = {**named, "domain": "the domain"}
     assert kept == {
         "BusinessRuleError": verdict,
         "CommandError": verdict,
         "CommandIdConflictError": named,
+        "CommandParkedError": awaited,
         "OutcomeUnknownError": named,
         "PartialSendError": {"receipts": FURTHER["receipts"]},
         "PermanentCommandError": verdict,
+        "ReplyTimeoutError": awaited,
         "SendTimeoutError": named,
         "TransientCommandError": verdict,
     }

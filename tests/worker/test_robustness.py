@@ -28,10 +28,10 @@ from commandbus import (
 )
 from commandbus._calls import Call, Round
 from commandbus._limits import MAX_BYTES
+from commandbus._listener import Listener
 from commandbus.worker.claimer import Claimer
 from commandbus.worker.finisher import Finisher
 from commandbus.worker.housekeeper import Housekeeper
-from commandbus.worker.listener import Listener
 from commandbus.worker.renewer import Renewer
 from tests.bus.support import DOMAIN, Connection, one, until
 from tests.support import Route, async_only, direct_only

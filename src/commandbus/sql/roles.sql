@@ -61,6 +61,7 @@ BEGIN
             ('operator_cancel_v1',   'operator'),
             ('operator_complete_v1', 'operator'),
             ('operator_bulk_v1',     'operator'),
+            ('outcomes_v1',          'sender, operator, reader'),  -- who sent a command and kept its id may wait for it
             ('explain_v1',           'operator, reader'),
             ('verify_v1',            'operator, reader'),
             ('commands',             'operator, reader'),  -- payloads; a sender need not see those of others

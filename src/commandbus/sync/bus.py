@@ -18,15 +18,17 @@ from commandbus._batches import receipt
 from commandbus._calls import Outgoing
 from commandbus._connections import Work, run_on
 from commandbus._send_buffer import Parcel
-from commandbus.bus import CommandBus
+from commandbus.bus import CommandBus, key_of
 from commandbus.errors import ClosedError, CommandBusError, WrongLoopError
 from commandbus.model import (
     AuditEvent,
     Command,
     CommandStatus,
     Json,
+    OnParked,
     Page,
     Receipt,
+    Reply,
     SendRequest,
     Stat,
     Violation,
@@ -36,6 +38,7 @@ from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 from commandbus.sync.defaults import default_runtime
 from commandbus.sync.runtime import Closer, SyncRuntime
 from commandbus.tracing import Tracing
+from commandbus.worker.threads import waiting_here
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -253,6 +256,55 @@ class SyncCommandBus:
     def wake(self, *domains: str) -> None:
         """Hint to the workers of these domains that there is work; see `CommandBus.wake`."""
         self._call(CommandBus.wake, *domains)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def wait(
+        self,
+        command: Receipt | str,
+        command_id: UUID | None = None,
+        *,
+        timeout: timedelta | None,
+        on_parked: OnParked = "wait",
+    ) -> Reply:
+        """Wait until a command has ended, by its receipt or by domain and id; see `CommandBus.wait`.
+
+        In a handler it holds a thread: a worker all of whose threads wait for commands of its own domains warns of it.
+        """
+        with waiting_here(*key_of(command, command_id)):
+            return self._call(CommandBus.wait, command, command_id, timeout=timeout, on_parked=on_parked)
+
+    def call(
+        self,
+        domain: str,
+        command_type: str,
+        data: Json,
+        *,
+        timeout: timedelta | None,
+        on_parked: OnParked = "wait",
+        command_id: UUID | None = None,
+        correlation_id: str | None = None,
+        max_attempts: int | None = None,
+        delay: timedelta | None = None,
+        priority: int = 0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Send one command and wait until it has ended; see `CommandBus.call`, and `wait` for calls in a handler."""
+        self.runtime.check("CommandBus.call")
+        request = SendRequest(
+            domain,
+            command_type,
+            data,
+            command_id=command_id,
+            correlation_id=correlation_id,
+            max_attempts=max_attempts,
+            delay=delay,
+            priority=priority,
+            headers=headers,
+        )
+        outgoing = self.opened()._outgoing(request)
+        with waiting_here(outgoing.domain, outgoing.command_id):
+            return self._call(CommandBus._ask, outgoing, timeout, on_parked)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

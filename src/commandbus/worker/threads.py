@@ -7,6 +7,7 @@ ending (6.08 s against 0.04 s). These are daemons.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import sys
@@ -14,9 +15,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from math import inf
 from typing import Any, TypeAlias, TypeVar
+from uuid import UUID
 
 from commandbus.errors import ConfigurationError
 from commandbus.model import StuckHandler
@@ -42,6 +44,17 @@ def pool_size(given: int | None) -> int:
     return int(text)
 
 
+logger = logging.getLogger("commandbus.worker")
+
+_here = threading.local()  # `threads`: whose thread this is
+
+
+def waiting_here(domain: str, command_id: UUID) -> contextlib.AbstractContextManager[None]:
+    """Say that this thread waits for this command, within the block; a handler's thread runs nothing else meanwhile."""
+    threads: HandlerThreads | None = getattr(_here, "threads", None)
+    return contextlib.nullcontext() if threads is None else threads.waiting(domain, command_id)
+
+
 class HandlerThreads:
     """Up to `size` threads that run what they are given, first in, first out; started as they are needed.
 
@@ -49,9 +62,11 @@ class HandlerThreads:
     handlers that take no time is run by few threads, without a switch of the interpreter lock for each.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, domains: Collection[str]) -> None:
         self._name = name
         self.size = size
+        self._domains = domains
+        self._awaited: dict[int, tuple[str, UUID]] = {}  # by the identity of the thread that waits for it
         self._work: deque[Work] = deque()
         self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -86,6 +101,25 @@ class HandlerThreads:
         for _ in self._threads:
             self._tokens.put(_END)
 
+    @contextlib.contextmanager
+    def waiting(self, domain: str, command_id: UUID) -> Iterator[None]:
+        """Warn if with this one all threads wait for commands of the domains that this worker works for."""
+        ident = threading.get_ident()
+        self._awaited[ident] = domain, command_id
+        try:
+            awaited = list(self._awaited.values())
+            if len(awaited) >= self.size and all(each in self._domains for each, _ in awaited):
+                logger.warning(
+                    "all %d handler threads of worker %s wait for commands that it may have to run itself, and then "
+                    "never end: give it a larger thread_pool_size, or those commands another worker: %s",
+                    self.size,
+                    self._name,
+                    ", ".join(str(each) for _, each in awaited[:10]),
+                )
+            yield
+        finally:
+            del self._awaited[ident]
+
     def runs_here(self) -> bool:
         """Whether the calling thread is one of these, with a handler in it."""
         return threading.get_ident() in self._running
@@ -114,6 +148,7 @@ class HandlerThreads:
             return None
 
     def _serve(self) -> None:
+        _here.threads = self
         ident = threading.get_ident()
         while self._tokens.get() is _WORK:
             while (work := self._next()) is not None:

@@ -18,6 +18,7 @@ import psycopg
 
 from commandbus._calls import Claimed
 from commandbus._database import Database
+from commandbus._listener import CHANNEL, Listener
 from commandbus.bus import CommandBus
 from commandbus.errors import ConfigurationError
 from commandbus.handlers import BlockingContext, Handler, HandlerRegistry, Middleware
@@ -28,7 +29,6 @@ from commandbus.worker.finisher import Finisher
 from commandbus.worker.heartbeat import Heartbeat
 from commandbus.worker.housekeeper import Housekeeper
 from commandbus.worker.leases import Lease, Leases
-from commandbus.worker.listener import Listener
 from commandbus.worker.renewer import Renewer
 from commandbus.worker.runner import Runner
 from commandbus.worker.signals import stopping_on_signals
@@ -92,7 +92,7 @@ class Worker:
         self._stops = 0
         self._ended_before: Counter[type[Ending]] | None = None
         self._hurry = asyncio.Event()
-        self._threads = HandlerThreads(self.name, self._thread_pool_size)
+        self._threads = HandlerThreads(self.name, self._thread_pool_size, self.domains)
         self._failure: BaseException | None = None
 
     async def run(self) -> StopReport:
@@ -230,7 +230,7 @@ class Worker:
         finishing = self._watch(self._finisher.run())
         helpers = [self._watch(Housekeeper(database).run()), self._watch(self._heartbeat(database).run())]
         if not database.transaction_pooler:
-            listener = Listener(database, self.domains, self.name, self._claimer.wake)
+            listener = Listener(database, CHANNEL, self.name, self._hear, logger)
             helpers.append(self._watch(listener.run()))
         if self._stops:
             self._claimer.stop()
@@ -306,6 +306,10 @@ class Worker:
                 handler.stack,
             )
         return report
+
+    def _hear(self, hint: str) -> None:
+        if not hint or hint in self.domains:
+            self._claimer.wake()
 
     def _freed_from_thread(self) -> None:
         if self._loop is not None:

@@ -1,7 +1,8 @@
 """Sends and is interrupted, so many times, each time at a random moment inside the library; tells what it knows.
 
-Arguments: the DSN, what is called (send, send_batch or run), what interrupts it (KeyboardInterrupt, Late or timeout),
-how many times, and the seed. Prints what was acknowledged, and for each interruption the ids and what was said of them.
+Arguments: the DSN, what is called (send, send_batch, call or run), what interrupts it (KeyboardInterrupt, Late or
+timeout), how many times, and the seed. Prints what was acknowledged, and for each interruption the ids and what was
+said of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from uuid import UUID, uuid4
 
@@ -71,6 +73,12 @@ class Calls:
     def send_batch(self, ids: list[UUID]) -> None:
         self.bus.opened()._send_timeout = timeout() or 30
         self.bus.send_batch([SendRequest("payments", "Debit", 1, command_id=one) for one in ids])
+
+    def call(self, ids: list[UUID]) -> None:
+        self.bus.opened()._send_timeout = timeout() or 30
+        seconds = timeout()
+        patience = None if seconds is None else timedelta(seconds=seconds)
+        self.bus.call("payments", "Debit", 1, command_id=ids[0], timeout=patience)
 
     def run(self, ids: list[UUID]) -> None:
         self.bus.runtime.run(effect, ids[0], timeout=timeout())

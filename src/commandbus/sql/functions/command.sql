@@ -118,6 +118,8 @@ DECLARE
     v_done     uuid[];
     v_eventful uuid[];
     v_asked    uuid[];
+    v_awaited  uuid[];
+    v_address  text[];
     v_batches  uuid[];
     v_domain   text;
 BEGIN
@@ -143,9 +145,11 @@ BEGIN
         RETURNING h.domain, h.command_id, h.events, h.reply_to, h.batch_id
     )
     SELECT array_agg(m.command_id), array_agg(m.command_id) FILTER (WHERE m.events > 0), min(m.domain),
-           array_agg(m.command_id) FILTER (WHERE m.reply_to IS NOT NULL),
+           array_agg(m.command_id) FILTER (WHERE m.reply_to NOT LIKE '?%'),
+           array_agg(m.command_id) FILTER (WHERE m.reply_to LIKE '?%'),
+           array_agg(m.reply_to) FILTER (WHERE m.reply_to LIKE '?%'),
            array_agg(m.batch_id) FILTER (WHERE m.batch_id IS NOT NULL)
-      INTO v_done, v_eventful, v_domain, v_asked, v_batches FROM moved m;
+      INTO v_done, v_eventful, v_domain, v_asked, v_awaited, v_address, v_batches FROM moved m;
     IF v_eventful IS NOT NULL THEN
         WITH gone AS (
             DELETE FROM commandbus.audit_event e
@@ -161,6 +165,9 @@ BEGIN
     END IF;
     IF v_asked IS NOT NULL THEN
         PERFORM commandbus._reply(v_domain, v_asked, v_now);
+    END IF;
+    IF v_awaited IS NOT NULL THEN
+        PERFORM commandbus._tell_waiting(v_awaited, v_address);
     END IF;
     IF v_batches IS NOT NULL THEN
         PERFORM commandbus._count(v_domain, v_batches, p_status);

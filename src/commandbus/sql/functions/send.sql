@@ -46,8 +46,8 @@ BEGIN
                         WHEN jsonb_typeof(g.headers) <> 'object' OR octet_length(g.headers::text) > 8192
                           OR jsonb_path_exists(g.headers, 'strict $.* ? (@.type() != "string")') THEN 'headers'
                         WHEN length(g.correlation_id) > 256 THEN 'correlation_id'
-                        WHEN length(ltrim(g.reply_to, '?')) NOT BETWEEN 1 AND 128
-                          OR substr(g.reply_to, CASE WHEN g.reply_to LIKE '?%' THEN 2 ELSE 1 END) ~ v_odd THEN 'reply_to'
+                        WHEN (length(g.reply_to) NOT BETWEEN 1 AND 128 OR g.reply_to ~ v_odd)
+                         AND g.reply_to !~ '^[?][0-9a-f]{32}$' THEN 'reply_to'  -- nor the address of a bus
                         WHEN g.priority NOT BETWEEN -100 AND 100 THEN 'priority'
                         WHEN g.max_attempts NOT BETWEEN 1 AND 1000000 THEN 'max_attempts'
                         WHEN g.delay NOT BETWEEN 0 AND v_longest THEN 'delay' END AS wrong,

@@ -236,6 +236,43 @@ LANGUAGE sql STABLE AS $$
     WHERE s.event_no IS DISTINCT FROM 0 AND s.old IS DISTINCT FROM s.before
 $$;
 
+-- _verify_replies: whether what ended has its reply, and each reply what it tells of. What ended under an older version,
+-- before the migration of replies, has none. A reply is known by its id, and what it says by its hash: an operator may
+-- have edited it, or canceled it, and then another may have been sent. One whose command left with its week is sound.
+CREATE OR REPLACE FUNCTION commandbus._verify_replies()
+RETURNS TABLE (violation text, domain text, command_id uuid, detail text)
+LANGUAGE sql STABLE AS $$
+    SELECT v.violation, h.domain, h.command_id, v.wrong
+    FROM commandbus.command_history h
+    LEFT JOIN commandbus._kept() r
+      ON r.domain = h.reply_to AND r.command_id = commandbus._reply_id(h.domain, h.command_id::text, h.finished_at)
+    CROSS JOIN LATERAL (VALUES
+        ('reply_missing', CASE WHEN r.command_id IS NULL
+            THEN format('it ended at %s, and no reply went to "%s"', h.finished_at, h.reply_to) END),
+        ('wrong_reply', CASE WHEN r.data_hash <> commandbus._data_hash('Reply', commandbus._reply_data(h))
+                               OR r.command_type <> 'Reply' OR r.sent_at <> h.finished_at
+            THEN format('its reply %s in "%s" says something else', r.command_id, r.domain) END)
+    ) AS v (violation, wrong)
+    WHERE h.reply_to NOT LIKE '?%' AND v.wrong IS NOT NULL
+      AND h.finished_at > (SELECT m.applied_at FROM commandbus.migration m WHERE m.version = 3)
+    UNION ALL
+    SELECT 'reply_without_end', r.domain, r.command_id,
+           format('it tells of the end of command %s in "%s", which did not end then, or was told of before',
+                  r.data ->> 'command_id', r.data ->> 'domain')
+    FROM commandbus._kept() r
+    WHERE r.command_type = 'Reply'
+      AND r.command_id = commandbus._reply_id(r.data ->> 'domain', r.data ->> 'command_id', r.sent_at)
+      AND to_regclass('commandbus.command_history_'
+                      || to_char(date_trunc('week', r.sent_at AT TIME ZONE 'UTC'), 'IYYY"w"IW')) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM commandbus.command_history h
+                      WHERE h.domain = r.data ->> 'domain' AND h.command_id::text = r.data ->> 'command_id'
+                        AND h.reply_to = r.domain
+                        AND (h.finished_at = r.sent_at OR h.finished_at < r.sent_at AND EXISTS (
+                            SELECT FROM commandbus.command_history f
+                            WHERE f.domain = h.reply_to AND f.status = 'CANCELED' AND f.command_id
+                                  = commandbus._reply_id(h.domain, h.command_id::text, h.finished_at))))
+$$;
+
 -- verify_v1: everything that the functions of this folder cannot have left behind; a row for each violation, none when
 -- all is well. It sees one snapshot, that of the calling statement: on a live system a command that moves is seen before
 -- or after, never between. from -> to: none. Locks: none that a command waits for; weeks are not dropped meanwhile.
@@ -251,6 +288,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     SELECT * FROM commandbus._verify_lines()
     UNION ALL
     SELECT * FROM commandbus._verify_data()
+    UNION ALL
+    SELECT * FROM commandbus._verify_replies()
     UNION ALL
     SELECT 'kept_twice', c.domain, c.command_id, format('it is kept %s times', count(*))
     FROM commandbus._kept() c GROUP BY c.domain, c.command_id HAVING count(*) > 1

@@ -51,7 +51,7 @@ class Hints:
         """
         self._owed.update(domains)
         for domain in awaited:
-            self._given_at.pop(domain, None)
+            self._given.pop(domain, None)
         await self._give_due(lambda call: execute(connection, call, _DEADLINE))
 
     def owe(self, domains: Collection[str]) -> None:

@@ -20,6 +20,7 @@ logger = logging.getLogger("commandbus.worker")
 
 _UNTRACED = contextlib.nullcontext()
 
+
 class TimedOutCommandError(TransientCommandError):
     """The handler's timeout is over."""
 

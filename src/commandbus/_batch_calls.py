@@ -7,7 +7,7 @@ from datetime import datetime
 from uuid import UUID
 
 from commandbus._calls import Answers, Call, Parked, Row
-from commandbus._queries import COMMANDS, Source, page
+from commandbus._queries import COMMANDS, Source, conditions, page
 from commandbus.errors import BatchNotFoundError
 from commandbus.model import Batch, Command, CommandStatus, Page, Receipt
 
@@ -76,8 +76,7 @@ def get_batch(domain: str, batch_id: UUID) -> Call[Batch]:
 
 def list_batches(domain: str | None, *, finished: bool | None, limit: int, cursor: str | None) -> Call[Page[Batch]]:
     """Read a page of batches, the newest first."""
-    where: list[str] = [] if domain is None else ["domain = %s"]
-    params: list[object] = [] if domain is None else [domain]
+    where, params = conditions(domain)
     if finished is not None:
         where.append(f"finished_at IS {'NOT ' if finished else ''}NULL")
     read = datetime.fromisoformat
@@ -88,10 +87,9 @@ def list_batch_commands(
     domain: str, batch_id: UUID, *, status: CommandStatus | None, limit: int, cursor: str | None
 ) -> Call[Page[Command]]:
     """Read a page of the commands of a batch, in the order in which they were given."""
-    where, params = ["domain = %s", "batch_id = %s"], list[object]([domain, batch_id])
-    if status is not None:
-        where.append("status = %s")
-        params.append(str(CommandStatus(status)))
+    where, params = conditions(domain, status)
+    where.append("batch_id = %s")
+    params.append(batch_id)
     return page(_BATCH_COMMANDS, where, params, by="position", read=int, limit=limit, cursor=cursor)
 
 

@@ -127,7 +127,7 @@ def query_commands(
     cursor: str | None,
 ) -> Call[Page[Command]]:
     """Newest first within a domain, by id; ids that the library made grow with time."""
-    where, params = _filter(domain, status, command_type)
+    where, params = conditions(domain, status, command_type)
     if since is not None:
         _check_age("since", since)
         where.append("sent_at >= clock_timestamp() - %s")
@@ -235,7 +235,7 @@ def clock() -> Call[datetime]:
 
 def count(domain: str | None, status: CommandStatus | None, command_type: str | None) -> Call[int]:
     """Count commands, finished ones included."""
-    where, params = _filter(domain, status, command_type)
+    where, params = conditions(domain, status, command_type)
     return Call(
         f"SELECT count(*) FROM commandbus.commands{_where(where)}",
         tuple(params),
@@ -245,7 +245,7 @@ def count(domain: str | None, status: CommandStatus | None, command_type: str | 
 
 def stats(domain: str | None) -> Call[list[Stat]]:
     """Count what is unfinished, by domain, type and status."""
-    where, params = _filter(domain)
+    where, params = conditions(domain)
     return Call(
         "SELECT domain, command_type, status, count, oldest_sent_at FROM commandbus.stats"
         f"{_where(where)} ORDER BY 1, 2, 3",
@@ -286,7 +286,7 @@ def explain(domain: str, command_id: UUID) -> Call[Waiting | None]:
 def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
     """List the workers that have announced themselves, alive or not, by the columns of the view."""
     columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
-    where, params = _filter(domain)
+    where, params = conditions(domain)
     return Call(
         f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
         tuple(params),
@@ -313,9 +313,10 @@ def max_data_bytes() -> Call[int]:
     return Call("SELECT max_data_bytes FROM commandbus.limits_v1()", (), lambda rows: int(rows[0][0]))
 
 
-def _filter(
+def conditions(
     domain: str | None, status: CommandStatus | None = None, command_type: str | None = None
 ) -> tuple[list[str], list[object]]:
+    """Return the conditions for what is given, and their parameters."""
     if status is not None and status not in CommandStatus.__members__:
         raise InvalidCommandError(f"status is {status!r}: it must be one of {', '.join(CommandStatus)}")
     given = {"domain": domain, "status": status, "command_type": command_type}
@@ -325,7 +326,7 @@ def _filter(
 
 def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tuple[list[str], list[object]]:
     """Return the conditions of a filter; with `until`, `parked_for` counts back from there, otherwise from now."""
-    where, params = _filter(which.domain, command_type=which.command_type)
+    where, params = conditions(which.domain, command_type=which.command_type)
     exact = {"error ->> 'code'": which.error_code, "fingerprint": which.fingerprint, "batch_id": which.batch_id}
     for column, value in exact.items():
         if value is not None:

@@ -97,9 +97,9 @@ BEGIN
 END $$;
 
 -- _prepare: what is needed to send this command (as send_v1 takes it) later, when nothing may refuse it any more.
--- It is sent now and taken out again, so that it is checked as all are. Raises CB001.
+-- It is sent now and taken out again, so that it is checked as all are. Null for null. Raises CB001.
 CREATE OR REPLACE FUNCTION commandbus._prepare(p_command jsonb) RETURNS jsonb
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql STRICT AS $$
 DECLARE
     v_id       uuid;
     v_prepared jsonb;

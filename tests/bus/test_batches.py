@@ -247,10 +247,10 @@ async def test_a_batch_that_grows_finishes_once_it_is_closed(bus: CommandBus) ->
     async with running(Worker(bus, DOMAIN, registry_of(Debit=echo))):
         batch = await bus.add_to_batch(DOMAIN, batch.batch_id, requests(2))
         assert batch.total == 3
-        async for batch in bus.watch_batch(DOMAIN, batch.batch_id, interval=SOON):
-            if batch.completed == 3:
+        async for seen in bus.watch_batch(DOMAIN, batch.batch_id, interval=SOON):
+            if seen.completed == 3:
                 break
-        assert not batch.done
+        assert not seen.done
         batch = await bus.close_batch(DOMAIN, batch.batch_id)
     assert batch.done
     assert await bus.close_batch(DOMAIN, batch.batch_id) == batch

@@ -19,8 +19,8 @@ from commandbus import (
     SendRequest,
     TroubleshootingFilter,
     TroubleshootingQueue,
-    _queries,
     _bulk,
+    _queries,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, one, rows, terminate, until
 from tests.support import Route, async_only

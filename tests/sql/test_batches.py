@@ -119,7 +119,7 @@ def test_a_batch_counts_its_commands_and_sends_one_when_the_last_has_ended(db: C
     ("verb", "name"),
     [("complete", "completed"), ("work", "completed"), ("fail BUSINESS", "failed"), ("fail PERMANENT", "in_trouble"),
      ("fail TRANSIENT", "open"), ("release", "open"), ("renew", "open")],
-    ids=lambda value: str(value),
+    ids=str,
 )  # fmt: skip
 def test_each_verb_of_a_worker_counts(db: Connection, verb: str, name: str) -> None:
     batch_id = batch_of(db, 3)
@@ -136,7 +136,7 @@ def test_each_verb_of_a_worker_counts(db: Connection, verb: str, name: str) -> N
     ("verb", "name"),
     [("cancel", "canceled"), ("operator_cancel", "canceled"), ("operator_complete", "completed"),
      ("operator_retry", "open")],
-    ids=lambda value: str(value),
+    ids=str,
 )  # fmt: skip
 def test_each_verb_on_a_parked_command_counts(db: Connection, verb: str, name: str) -> None:
     batch_id = batch_of(db, 1)

@@ -99,11 +99,14 @@ END $$;
 -- _prepare: what is needed to send this command (as send_v1 takes it) later, when nothing may refuse it any more.
 -- It is sent now and taken out again, so that it is checked as all are. Null for null. Raises CB001.
 CREATE OR REPLACE FUNCTION commandbus._prepare(p_command jsonb) RETURNS jsonb
-LANGUAGE plpgsql STRICT AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     v_id       uuid;
     v_prepared jsonb;
 BEGIN
+    IF p_command IS NULL THEN
+        RETURN NULL;
+    END IF;
     SELECT s.command_id INTO v_id
       FROM commandbus._send(jsonb_build_array(p_command - 'command_id')::text) s;
     DELETE FROM commandbus.command c WHERE c.domain = p_command ->> 'domain' AND c.command_id = v_id
@@ -184,7 +187,7 @@ BEGIN
         IF outcome = 'accepted' THEN
             v_more := v_more + 1;
             INSERT INTO commandbus.batch_command VALUES (
-                p_domain, p_batch_id, nextval('commandbus.batch_seq'), command_id);
+                p_domain, p_batch_id, nextval('commandbus.command_seq'), command_id);
         END IF;
         RETURN NEXT;
     END LOOP;

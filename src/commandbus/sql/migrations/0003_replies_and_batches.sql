@@ -42,7 +42,6 @@ CREATE INDEX batch_change_id ON commandbus.batch_change (domain, batch_id);
 
 -- Which commands, in the order in which they were given. A table of its own, since an index on the history would have
 -- to be built while everything waits, and be kept up for every command that ends.
-CREATE SEQUENCE commandbus.batch_seq AS bigint CACHE 1;
 CREATE TABLE commandbus.batch_command (
     domain     text COLLATE "C" NOT NULL,
     batch_id   uuid NOT NULL,

@@ -274,7 +274,7 @@ _ALL = (
     ),
     Mutant(
         "crash-untold", "a crash leaves no event", "claim.sql",
-        (("FROM crashed c;", "FROM crashed c WHERE false;"),),
+        (("FROM crashed c\n    )", "FROM crashed c WHERE false\n    )"),),
         "test_budgets.py::test_the_first_crash_is_claimed_as_before",
     ),
     # ----------------------------------------------------------------------------------------------- verdicts

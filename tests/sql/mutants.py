@@ -141,7 +141,8 @@ _ALL = (
     ),
     Mutant(
         "batch-late-left", "who counts leaves what waits", "batch.sql",
-        (("    IF EXISTS (SELECT FROM commandbus.batch_change w", "    IF false AND EXISTS (SELECT FROM commandbus.batch_change w"),),
+        (("IF EXISTS (SELECT FROM commandbus.batch_change w",
+          "IF false AND EXISTS (SELECT FROM commandbus.batch_change w"),),
         "test_batches.py::test_who_counts_next_puts_in_what_waits",
     ),
     Mutant(

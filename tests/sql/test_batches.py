@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from uuid import uuid4
 
 import psycopg
 import pytest
 
+from tests.sql.batch_support import DONE, add, batch_of, close, counts, create, finished, told
 from tests.sql.support import (
     HOUR,
     Connect,
     Connection,
-    Row,
     at_once,
     background,
     bulk,
@@ -23,15 +22,12 @@ from tests.sql.support import (
     one,
     operator_verb,
     outcome,
-    payload,
     rows,
     send,
     shift,
     start_waiting,
     sweep,
 )
-
-DONE = {"domain": "reports", "command_type": "Done", "data": {"of": "batch"}, "priority": 5}
 
 
 @pytest.fixture
@@ -42,57 +38,6 @@ def dsn(emptied_dsn: str) -> str:
 @pytest.fixture(autouse=True)
 def _weeks(db: Connection) -> None:
     db.execute("SELECT commandbus.make_partitions_v1()")
-
-
-# ------------------------------------------------------------------------------------------- what is called
-
-
-def create(db: Connection, *, on_complete: Row | None = None, name: str | None = None, hash_: str = "h") -> str:
-    """Create a batch that grows; returns its id."""
-    batch_id = str(uuid4())
-    assert create_as(db, batch_id, on_complete=on_complete, name=name, hash_=hash_) == "accepted"
-    return batch_id
-
-
-def create_as(
-    db: Connection, batch_id: str, *, on_complete: Row | None = None, name: str | None = None, hash_: str | None = "h"
-) -> str:
-    text = None if on_complete is None else json.dumps(on_complete)
-    return str(one(db, "SELECT commandbus.create_batch_v1('d', %s, %s, %s, %s)", batch_id, name, text, hash_))
-
-
-def add(db: Connection, batch_id: str, *commands: Row, **common: object) -> list[tuple[str, str]]:
-    sql = "SELECT command_id::text, outcome FROM commandbus.add_to_batch_v1('d', %s, %s) ORDER BY ordinal"
-    text = payload(*commands, **common) if commands else "[]"
-    return [(row[0], row[1]) for row in rows(db, sql, batch_id, text)]
-
-
-def close(db: Connection, batch_id: str) -> None:
-    db.execute("SELECT commandbus.close_batch_v1('d', %s)", [batch_id])
-
-
-def batch_of(db: Connection, count: int, *, on_complete: Row | None = DONE) -> str:
-    """Create a batch of so many commands that grows no more."""
-    batch_id = create(db, on_complete=on_complete)
-    add(db, batch_id, *[{}] * count)
-    close(db, batch_id)
-    return batch_id
-
-
-def counts(db: Connection, batch_id: str) -> dict[str, int]:
-    """The counts that are not 0."""
-    names = ("total", "completed", "failed", "canceled", "in_trouble", "open")
-    (row,) = rows(db, f"SELECT {', '.join(names)} FROM commandbus.batches WHERE batch_id = %s", batch_id)
-    return {name: value for name, value in zip(names, row, strict=True) if value}
-
-
-def finished(db: Connection, batch_id: str) -> bool:
-    return bool(one(db, "SELECT finished_at IS NOT NULL FROM commandbus.batches WHERE batch_id = %s", batch_id))
-
-
-def told(db: Connection) -> int:
-    """How many times the end of a batch was told."""
-    return int(one(db, "SELECT count(*) FROM commandbus.commands WHERE domain = 'reports'"))
 
 
 # ------------------------------------------------------------------------------------------------ counting
@@ -365,48 +310,3 @@ def test_retention_forgets_finished_batches(db: Connection) -> None:
     rows(db, "SELECT * FROM commandbus.drop_expired_v1()")
     assert [str(row[0]) for row in rows(db, "SELECT batch_id FROM commandbus.batch")] == [growing]
     assert rows(db, "SELECT FROM commandbus.batch_command") == []
-
-
-# ----------------------------------------------------------------------------------------------- verify
-
-
-CORRUPTIONS = {
-    "one more is completed": ("batch_counts", "UPDATE commandbus.batch SET completed = completed + 1"),
-    "one less is parked": ("batch_counts", "UPDATE commandbus.batch SET parked = parked - 1"),
-    "one more is to come": ("batch_counts batch_list", "UPDATE commandbus.batch SET total = total + 1"),
-    "a change is lost": ("batch_counts", "DELETE FROM commandbus.batch_change"),
-    "a change is put in twice": ("batch_counts", "UPDATE commandbus.batch_change SET completed = 2"),
-    "a line of the list is lost": (
-        "batch_list",
-        "DELETE FROM commandbus.batch_command WHERE position = (SELECT min(position) FROM commandbus.batch_command)",
-    ),
-    "it ended too early": ("batch_end batch_message", "UPDATE commandbus.batch SET finished_at = clock_timestamp()"),
-    "it did not end": (
-        "batch_end batch_message",
-        "UPDATE commandbus.batch SET finished_at = NULL",
-    ),
-    "its end was not told": ("batch_message", "DELETE FROM commandbus.command WHERE domain = 'reports'"),
-    "the batch is lost": ("batch_unknown", "DELETE FROM commandbus.batch"),
-}
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_what_is_corrupted_is_found(db: Connection, connect: Connect, name: str) -> None:
-    violations, statement = CORRUPTIONS[name]
-    batch_id = batch_of(db, 4)
-    done, parked, late, waiting = [item(row) for row in claim(db)]
-    lease_verb(db, "complete", done)
-    lease_verb(db, "fail PERMANENT", parked)
-    application = connect(autocommit=True)
-    application.execute("SET default_transaction_isolation = 'repeatable read'")
-    lease_verb(application, "complete", late)
-    if name in {"it did not end", "its end was not told"}:
-        lease_verb(db, "complete", waiting)
-        assert operator_verb(db, "operator_cancel", parked["command_id"]) == "ok"
-        assert finished(db, batch_id)
-    assert rows(db, "SELECT * FROM commandbus.verify_v1()") == []
-    with db.transaction(force_rollback=True):
-        db.execute("ALTER TABLE commandbus.batch DROP CONSTRAINT batch_counts")
-        assert db.execute(statement.encode()).rowcount > 0
-        found = rows(db, "SELECT violation, command_id::text FROM commandbus.verify_v1()")
-    assert {row for row in found if row[0].startswith("batch")} == {(one, batch_id) for one in violations.split()}

@@ -15,6 +15,7 @@ from benchmarks.machine import machine
 
 NAMES = (
     "drain",
+    "batches",
     "send",
     "batch",
     "latency",

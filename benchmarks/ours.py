@@ -130,12 +130,17 @@ class Tally:
 def drain(options: Options) -> Answer:
     """Handle so many commands that wait, or all; each handler sleeps for `sleep_ms`, or does nothing."""
     if options.get("fill"):
-        stock.send(options["dsn"], options["count"])
+        _create_batch(options) if options.get("in_batch") else stock.send(options["dsn"], options["count"])
         stock.settle(options["dsn"])
     tally = Tally(options)
     with watching(options["dsn"]) as seen:
         done = _work(options, tally)
     return {**done, "connections": seen.most, "marks": tally.marks, "peak_mb": memory_mb(peak=True)}
+
+
+def _create_batch(options: Options) -> None:
+    with SyncCommandBus(options["dsn"]) as bus:
+        bus.create_batch(DOMAIN, [SendRequest(DOMAIN, TYPE, options["payload"])] * options["count"])
 
 
 def serve(options: Options) -> Answer:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from typing import Any, Self
 
 import commandbus
+from commandbus import Batch
 from commandbus._database import Database
 from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
 from commandbus.testing import SyncHarness
@@ -73,6 +74,12 @@ class CommandBus(_Awaitable):
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()
+
+    async def watch_batch(self, *args: Any, **more: Any) -> AsyncIterator[Batch]:
+        """Iterate in a thread."""
+        seen = self.blocking.watch_batch(*args, **more)
+        while (batch := await asyncio.get_running_loop().run_in_executor(_threads, next, seen, None)) is not None:
+            yield batch
 
     @property
     def database(self) -> Database:

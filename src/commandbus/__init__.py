@@ -2,6 +2,7 @@
 
 from commandbus.bus import CommandBus
 from commandbus.errors import (
+    BatchNotFoundError,
     BusinessRuleError,
     ClosedError,
     CommandBusError,
@@ -28,6 +29,7 @@ from commandbus.errors import (
 from commandbus.handlers import HandlerContext, HandlerRegistry, handler
 from commandbus.model import (
     AuditEvent,
+    Batch,
     BulkPreview,
     BulkResult,
     Command,
@@ -52,6 +54,8 @@ from commandbus.worker import Worker
 
 __all__ = [
     "AuditEvent",
+    "Batch",
+    "BatchNotFoundError",
     "BulkPreview",
     "BulkResult",
     "BusinessRuleError",

@@ -14,7 +14,7 @@ import os
 import re
 import select
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
 
 from commandbus import _calls
 from commandbus._calls import Call, Row
-from commandbus._connections import execute_async
+from commandbus._connections import Steps, drive, execute_async
 from commandbus._failures import brief, is_connection_lost, is_unavailable, unavailable
 from commandbus.errors import (
     ClosedError,
@@ -224,19 +224,16 @@ class Database:
             raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {brief(error)}") from None
 
     async def _run(self, call: Call[T], timeout: float, *, long: bool) -> T:
-        """Run a call once on a pooled connection.
-
-        Cancelling shuts the socket: psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s
-        more for its answer.
-        """
         async with self.connection(None if long else timeout) as connection:
-            statement = asyncio.ensure_future((execute_long if long else execute)(connection, call, timeout))
-            try:
-                return await asyncio.shield(statement)
-            except asyncio.CancelledError:
-                sever(connection)
-                await asyncio.gather(statement, return_exceptions=True)
-                raise
+            return await _cancellable(connection, (execute_long if long else execute)(connection, call, timeout))
+
+    async def run_steps(self, steps: Steps[T]) -> T:
+        """Take these steps in one transaction on a pooled connection. The whole may take long, each has its deadline.
+
+        Raises what `execute` raises.
+        """
+        async with self.connection() as connection, transaction(connection):
+            return await drive(steps, lambda call: _cancellable(connection, execute(connection, call)))
 
     async def repeat(self, call: Call[T], timeout: float | None = None, *, long: bool = False) -> T:
         """Run a call that may run twice, such as a reading one; again when a connection turns out to be dead.
@@ -267,6 +264,20 @@ class Database:
 
 def _seconds(timeout: float | None) -> float:
     return CALL_SECONDS if timeout is None else timeout
+
+
+async def _cancellable(connection: psycopg.AsyncConnection[Any], running: Coroutine[Any, Any, T]) -> T:
+    """Await a statement. Cancelling shuts the socket.
+
+    psycopg alone would ask the server to cancel, and on a frozen connection wait 10 s more for its answer.
+    """
+    statement = asyncio.ensure_future(running)
+    try:
+        return await asyncio.shield(statement)
+    except asyncio.CancelledError:
+        sever(connection)
+        await asyncio.gather(statement, return_exceptions=True)
+        raise
 
 
 async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeout: float | None = None) -> T:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TypeAlias, cast
+from typing import Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from commandbus._calls import MAX_DELAY, Call, Parked, Row
@@ -27,13 +28,15 @@ from commandbus.model import (
     WaitingReason,
 )
 
+T = TypeVar("T")
+
 MAX_LIMIT = 1000
 _PARKED_PAGE = 5000
 
 _COLUMNS = (
     "domain, command_id, command_type, status, data::text, headers::text, correlation_id, reply_to, priority, "
     "max_attempts, attempts, crashes, delivery, result::text, error::text, worker, sent_at, not_before, due_at, "
-    "parked_at, claimed_at, lease_until, finished_at"
+    "parked_at, claimed_at, lease_until, finished_at, batch_id"
 )
 
 
@@ -44,6 +47,19 @@ def _command(row: Row) -> Command:
         domain, command_id, command_type, CommandStatus(status), json_of(data), json_of(headers), correlation_id,
         reply_to, priority, max_attempts, attempts, crashes, delivery, json_of(result), Error.of(json_of(error)), *rest,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Generic[T]):
+    """A view, what to read of it, how, and the id of a row."""
+
+    view: str
+    columns: str
+    read: Callable[[Row], T]
+    key: str
+
+
+COMMANDS = Source("commands", _COLUMNS, _command, "command_id")
 
 
 def json_of(text: str | None) -> Json:
@@ -112,19 +128,20 @@ def query_commands(
     cursor: str | None,
 ) -> Call[Page[Command]]:
     """Newest first within a domain, by id; ids that the library made grow with time."""
-    where, params = _filter(domain, status, command_type)
+    where, params = conditions(domain, status, command_type)
     if since is not None:
         _check_age("since", since)
         where.append("sent_at >= clock_timestamp() - %s")
         params.append(since)
-    return _page("commands", where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
+    return page(COMMANDS, where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
 
 
 def list_troubleshooting(which: TroubleshootingFilter, *, limit: int, cursor: str | None) -> Call[Page[Command]]:
     """Parked commands, the longest parked first."""
     where, params = _parked(which)
     read = datetime.fromisoformat
-    return _page("troubleshooting", where, params, by="parked_at", read=read, limit=limit, cursor=cursor)
+    parked = replace(COMMANDS, view="troubleshooting")
+    return page(parked, where, params, by="parked_at", read=read, limit=limit, cursor=cursor)
 
 
 def groups(which: TroubleshootingFilter) -> Call[list[TroubleshootingGroup]]:
@@ -219,7 +236,7 @@ def clock() -> Call[datetime]:
 
 def count(domain: str | None, status: CommandStatus | None, command_type: str | None) -> Call[int]:
     """Count commands, finished ones included."""
-    where, params = _filter(domain, status, command_type)
+    where, params = conditions(domain, status, command_type)
     return Call(
         f"SELECT count(*) FROM commandbus.commands{_where(where)}",
         tuple(params),
@@ -229,7 +246,7 @@ def count(domain: str | None, status: CommandStatus | None, command_type: str | 
 
 def stats(domain: str | None) -> Call[list[Stat]]:
     """Count what is unfinished, by domain, type and status."""
-    where, params = _filter(domain)
+    where, params = conditions(domain)
     return Call(
         "SELECT domain, command_type, status, count, oldest_sent_at FROM commandbus.stats"
         f"{_where(where)} ORDER BY 1, 2, 3",
@@ -298,7 +315,7 @@ def explain(domain: str, command_id: UUID) -> Call[Waiting | None]:
 def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
     """List the workers that have announced themselves, alive or not, by the columns of the view."""
     columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
-    where, params = _filter(domain)
+    where, params = conditions(domain)
     return Call(
         f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
         tuple(params),
@@ -325,9 +342,10 @@ def max_data_bytes() -> Call[int]:
     return Call("SELECT max_data_bytes FROM commandbus.limits_v1()", (), lambda rows: int(rows[0][0]))
 
 
-def _filter(
+def conditions(
     domain: str | None, status: CommandStatus | None = None, command_type: str | None = None
 ) -> tuple[list[str], list[object]]:
+    """Return the conditions for what is given, and their parameters."""
     if status is not None and status not in CommandStatus.__members__:
         raise InvalidCommandError(f"status is {status!r}: it must be one of {', '.join(CommandStatus)}")
     given = {"domain": domain, "status": status, "command_type": command_type}
@@ -337,8 +355,9 @@ def _filter(
 
 def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tuple[list[str], list[object]]:
     """Return the conditions of a filter; with `until`, `parked_for` counts back from there, otherwise from now."""
-    where, params = _filter(which.domain, command_type=which.command_type)
-    for column, value in (("error ->> 'code'", which.error_code), ("fingerprint", which.fingerprint)):
+    where, params = conditions(which.domain, command_type=which.command_type)
+    exact = {"error ->> 'code'": which.error_code, "fingerprint": which.fingerprint, "batch_id": which.batch_id}
+    for column, value in exact.items():
         if value is not None:
             where.append(f"{column} = %s")
             params.append(value)
@@ -362,8 +381,8 @@ def _where(conditions: list[str]) -> str:
     return f" WHERE {' AND '.join(conditions)}" if conditions else ""
 
 
-def _page(
-    view: str,
+def page(
+    source: Source[T],
     where: list[str],
     params: list[object],
     *,
@@ -372,26 +391,25 @@ def _page(
     backwards: bool = False,
     limit: int,
     cursor: str | None,
-) -> Call[Page[Command]]:
+) -> Call[Page[T]]:
     """A page in the order of this column, the values of which a cursor holds as text, and of the id."""
     if not 1 <= limit <= MAX_LIMIT:
         raise InvalidCommandError(f"limit is {limit}: it must be between 1 and {MAX_LIMIT:,}")
     comparison, direction = ("<", " DESC") if backwards else (">", "")
     if cursor is not None:
-        where.append(f"({by}, command_id) {comparison} (%s, %s)")
+        where.append(f"({by}, {source.key}) {comparison} (%s, %s)")
         params += _read_cursor(cursor, read)
 
-    def page(rows: list[Row]) -> Page[Command]:
-        items = tuple(_command(row) for row in rows[:limit])
-        more = len(rows) > limit
-        return Page(items, _write_cursor([getattr(items[-1], by), items[-1].command_id]) if more else None)
+    def read_page(rows: list[Row]) -> Page[T]:
+        items = tuple(source.read(row[:-2]) for row in rows[:limit])
+        return Page(items, _write_cursor(rows[limit - 1][-2:]) if len(rows) > limit else None)
 
-    order = f"{by}{direction}, command_id{direction}"
-    sql = f"SELECT {_COLUMNS} FROM commandbus.{view}{_where(where)} ORDER BY {order} LIMIT {limit + 1}"
-    return Call(sql, tuple(params), page)
+    order = f"{by}{direction}, {source.key}{direction}"
+    sql = f"SELECT {source.columns}, {by}, {source.key} FROM commandbus.{source.view}{_where(where)} ORDER BY {order} "
+    return Call(f"{sql}LIMIT {limit + 1}", tuple(params), read_page)
 
 
-def _write_cursor(key: list[object]) -> str:
+def _write_cursor(key: Row) -> str:
     return base64.urlsafe_b64encode(json.dumps(key, default=str).encode()).decode()
 
 

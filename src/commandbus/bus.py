@@ -14,8 +14,8 @@ from uuid import UUID
 import psycopg
 
 from commandbus import _calls, _queries
-from commandbus._batches import chunks, receipt, sending, settle
 from commandbus._calls import Outgoing
+from commandbus._chunks import chunks, receipt, sending, settle
 from commandbus._connections import Work, arun_on
 from commandbus._database import Database, pooled_by_default
 from commandbus._hints import Hints
@@ -23,6 +23,7 @@ from commandbus._ids import new_id
 from commandbus._limits import MAX_BYTES, shown
 from commandbus._send_buffer import SendBuffer
 from commandbus._waits import Patience, Waits
+from commandbus.batches import Batches
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
@@ -55,7 +56,7 @@ from commandbus.tracing import NoTracing, Tracing
 T = TypeVar("T")
 
 
-class CommandBus:
+class CommandBus(Batches):
     """Sends commands to a database and looks after them. Open it with `async with`, on one event loop.
 
     `dsn`: a libpq connection string or URI; default: `$COMMAND_BUS_DSN`, read now. `send_timeout`: how long a send may

@@ -4,6 +4,7 @@
     ├── InvalidCommandError       what was given cannot be a command           CB001
     ├── CommandNotFoundError      no command has this id in this domain        CB002
     ├── CommandStateError         its status does not allow this; another verb won   CB003
+    ├── BatchNotFoundError        no batch has this id in this domain          CB005
     ├── CommandIdConflictError    the id was already sent with other contents
     ├── LeaseLostError            the outcome of a delivery can no longer be recorded
     ├── SendTimeoutError          the command was withdrawn: it was not sent
@@ -64,6 +65,12 @@ class CommandStateError(CommandBusError):
     sqlstate = "CB003"
 
 
+class BatchNotFoundError(CommandBusError):
+    """No batch has this id in this domain. It was never created, or retention has dropped it."""
+
+    sqlstate = "CB005"
+
+
 class ConfigurationError(CommandBusError):
     """A setting, an option or a registration is wrong; the message names it."""
 
@@ -82,7 +89,7 @@ class _OfCommandError(CommandBusError):
 
 
 class CommandIdConflictError(_OfCommandError):
-    """The id was already sent with another type or other data; nothing was written. Use a new id."""
+    """The id was already sent with another type or other data, or is that of another batch; nothing was written."""
 
 
 class LeaseLostError(CommandBusError):

@@ -112,6 +112,43 @@ class Command:
     claimed_at: datetime | None
     lease_until: datetime | None
     finished_at: datetime | None
+    batch_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Commands of one domain that are counted together, as they were at one moment.
+
+    `total` = `completed` + `failed` + `canceled` + `in_trouble` (parked) + `open` (waiting or running). `growing`: more
+    may be added. `on_complete`: the command that is sent when it finishes. `duplicate`: it was there already when it
+    was to be created.
+    """
+
+    domain: str
+    batch_id: UUID
+    name: str | None
+    total: int
+    completed: int
+    failed: int
+    canceled: int
+    in_trouble: int
+    open: int
+    growing: bool
+    created_at: datetime
+    finished_at: datetime | None
+    on_complete: Receipt | None
+    duplicate: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all its commands have ended and no more can be added; its `on_complete` has been sent then."""
+        return self.finished_at is not None
+
+    @property
+    def progress(self) -> float:
+        """Which part of its commands has ended: 0 to 1."""
+        ended = self.completed + self.failed + self.canceled
+        return ended / self.total if self.total else float(self.done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +334,7 @@ class TroubleshootingFilter:
     fingerprint: str | None = field(default=None, kw_only=True)
     parked_for: timedelta | None = field(default=None, kw_only=True)
     text: str | None = field(default=None, kw_only=True)
+    batch_id: UUID | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

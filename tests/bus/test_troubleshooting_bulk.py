@@ -19,8 +19,8 @@ from commandbus import (
     SendRequest,
     TroubleshootingFilter,
     TroubleshootingQueue,
+    _bulk,
     _queries,
-    troubleshooting,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, one, rows, terminate, until
 from tests.support import Route, async_only
@@ -271,7 +271,7 @@ async def test_a_locked_command_is_tried_again_at_the_end(
 async def test_a_command_that_stays_locked_is_left_alone(
     bus: CommandBus, db: Connection, connect: Connect, queue: TroubleshootingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(troubleshooting, "_BUSY_PAUSES", (0, 0))
+    monkeypatch.setattr(_bulk, "_BUSY_PAUSES", (0, 0))
     ids = await park(bus, db, 5)
     holder = connect()
     rows(holder, "SELECT commandbus.operator_cancel_v1(%s, %s, 'bob', 'no')", DOMAIN, ids[3])

@@ -36,7 +36,8 @@ from commandbus import (
     SendTimeoutError,
     TransientCommandError,
     TroubleshootingFilter,
-    _batches,
+    _bulk,
+    _chunks,
     _database,
     _hints,
     _listener,
@@ -93,8 +94,8 @@ def _shorten() -> None:
     """Let this process give up what hangs after a second, and send and act on few commands at a time."""
     _database.CALL_SECONDS = renewer._CALL_SECONDS = DEADLINE
     _hints._DEADLINE = heartbeat._ANSWER_SECONDS = _listener._ANSWER_SECONDS = DEADLINE
-    troubleshooting._LONG_SECONDS = DEADLINE
-    troubleshooting._MAX_BATCH = _batches.MAX_ROWS = 2  # type: ignore[attr-defined]
+    _bulk.LONG_SECONDS = troubleshooting.LONG_SECONDS = DEADLINE  # type: ignore[attr-defined]
+    _bulk.MAX_BATCH = _chunks.MAX_ROWS = 2  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------- people's programs

@@ -103,6 +103,53 @@ _ALL = (
         (("AND h.presented_token = i.lease_token", "AND h.presented_token IS NULL"),),
         f"{_CELL}[complete-COMPLETED]",
     ),
+    # ------------------------------------------------------------------------------------------------ batches
+    Mutant(
+        "batch-not-counted", "the end of a command is not counted in its batch", "command.sql",
+        (("IF v_batches IS NOT NULL THEN", "IF false THEN"),),
+        "test_batches.py::test_each_verb_of_a_worker_counts[complete-completed]",
+    ),
+    Mutant(
+        "batch-keeps-parked", "what an operator takes out of the queue is still counted as parked", "operator.sql",
+        (("IF p_command.batch_id IS NOT NULL AND", "IF false AND"),),
+        "test_batches.py::test_each_verb_on_a_parked_command_counts[operator_retry-open]",
+    ),
+    Mutant(
+        "batch-parked-uncounted", "a command that is parked stays open in its batch", "lease.sql",
+        (("IF v_stuck IS NOT NULL THEN", "IF false THEN"),),
+        "test_batches.py::test_each_verb_of_a_worker_counts[fail PERMANENT-in_trouble]",
+    ),
+    Mutant(
+        "batch-crashed-uncounted", "a command that a sweep parks stays open in its batch", "claim.sql",
+        (("IF v_stuck IS NOT NULL THEN", "IF false THEN"),),
+        "test_batches.py::test_a_sweep_that_parks_counts",
+    ),
+    Mutant(
+        "batch-told-again", "a batch that has ended is told again", "batch.sql",
+        ((" AND t.finished_at IS NULL\n    RETURNING", "\n    RETURNING"),),
+        "test_batches.py::test_a_batch_that_grows_does_not_finish",
+    ),
+    Mutant(
+        "batch-ends-growing", "a batch ends while it grows", "batch.sql",
+        (("CASE WHEN NOT t.growing\n", "CASE WHEN true\n"),),
+        "test_batches.py::test_a_batch_that_grows_does_not_finish",
+    ),
+    Mutant(
+        "batch-late-forgotten", "what waits to be counted is put in by nobody but the next who counts", "claim.sql",
+        (("    PERFORM commandbus._settle_all(p_domain);\n", ""),),
+        "test_batches.py::test_an_open_transaction_holds_up_nobody_and_the_next_sweep_finishes_the_batch",
+    ),
+    Mutant(
+        "batch-late-left", "who counts leaves what waits", "batch.sql",
+        (("IF EXISTS (SELECT FROM commandbus.batch_change w",
+          "IF false AND EXISTS (SELECT FROM commandbus.batch_change w"),),
+        "test_batches.py::test_who_counts_next_puts_in_what_waits",
+    ),
+    Mutant(
+        "batch-closed-early", "closing does not wait for those who add", "batch.sql",
+        (("AND t.batch_id = p_batch_id FOR KEY SHARE;", "AND t.batch_id = p_batch_id;"),),
+        "test_batches.py::test_closing_waits_for_what_is_being_added",
+    ),
     # ------------------------------------------------------------------------------------------------ sending
     Mutant(
         "send-forgets-history", "an own id is not looked up in history", "send.sql",
@@ -250,7 +297,7 @@ _ALL = (
     ),
     Mutant(
         "crash-untold", "a crash leaves no event", "claim.sql",
-        (("FROM crashed c;", "FROM crashed c WHERE false;"),),
+        (("FROM crashed c\n    )", "FROM crashed c WHERE false\n    )"),),
         "test_budgets.py::test_the_first_crash_is_claimed_as_before",
     ),
     # -------------------------------------------------------------------------------------------- looking ahead

@@ -231,7 +231,10 @@ def sqlstate(call: Callable[[], object]) -> str:
 
 def empty(db: Connection) -> None:
     """Take everything out of the tables; much faster than TRUNCATE when there is little."""
-    tables = ("command", "audit_event", "command_history", "audit_history", "claim_mark", "worker")
+    tables = (
+        "command", "audit_event", "command_history", "audit_history", "claim_mark", "worker",
+        "batch", "batch_change", "batch_command",
+    )  # fmt: skip
     db.execute("".join(f"DELETE FROM commandbus.{table};" for table in tables).encode())
 
 

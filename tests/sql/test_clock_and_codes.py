@@ -97,6 +97,7 @@ RAISED: dict[str, Callable[[Connection], object]] = {
         "SELECT commandbus.operator_retry_v1('d', %s, 'ana', 'why')", [arrange(db, "PENDING")["command_id"]]
     ),
     "CB004": lambda db: db.execute("SET commandbus.clock_offset = '1 s'; SELECT commandbus.clock()"),
+    "CB005": lambda db: db.execute("SELECT commandbus.close_batch_v1('d', gen_random_uuid())"),
 }
 
 

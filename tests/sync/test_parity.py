@@ -48,6 +48,8 @@ EXCEPTIONS = {
     "CommandBus.__exit__": WITH,
     "CommandBus.database": PARTS,
     "CommandBus.sending": PARTS,
+    "CommandBus.creating": PARTS,
+    "CommandBus.watch_batch(return)": "an ordinary iterator",
     "CommandBus.opened": PARTS,
     "CommandBus.max_data_bytes": "an attribute of the async one",
     "Harness.__aenter__": WITH,
@@ -149,6 +151,7 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
             results[SyncHandlerContext] = called(context, connection=connection)
 
     receipt = bus.send(DOMAIN, "Debit", {})
+    batch = bus.create_batch(DOMAIN, [], growing=True)
     worker, stopped = SyncWorker(bus, DOMAIN, registry), SyncWorker(bus, DOMAIN, registry)
     stopped.stop()  # before it runs
     started = worker.start()  # type: ignore[func-returns-value] # that is what is tried
@@ -160,6 +163,8 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
         "command_type": "Debit",
         "data": {},
         "requests": [],
+        "commands": [],
+        "batch_id": batch.batch_id,
         "operator": "ana",
         "reason": "why",
         "timeout": timedelta(milliseconds=50),

@@ -13,6 +13,8 @@ from commandbus import errors
 
 NAMES = [
     "AuditEvent",
+    "Batch",
+    "BatchNotFoundError",
     "BulkPreview",
     "BulkResult",
     "BusinessRuleError",

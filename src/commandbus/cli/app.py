@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from commandbus._limits import text_problem
-from commandbus.cli import commands, desk, doctor, edit, parked, processes, terminal, verbs, verify
+from commandbus.cli import batches, commands, desk, doctor, edit, parked, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -35,6 +35,10 @@ _troubleshooting = typer.Typer(
     help="The commands that wait for a person, and the three things to do with one, or with many.", epilog=_EXIT_CODES
 )
 _app.add_typer(_troubleshooting, name="troubleshooting")
+_batch = typer.Typer(
+    help="Commands that are counted together: how far they are, and what to do with them.", epilog=_EXIT_CODES
+)
+_app.add_typer(_batch, name="batch")
 
 _top: dict[str, Callable[..., object]] = {
     "migrate": processes.migrate,
@@ -58,7 +62,14 @@ _below: dict[str, Callable[..., object]] = {
     "cancel": verbs.cancel,
     "complete": verbs.complete,
 }
-for _group, _subcommands in ((_app, _top), (_troubleshooting, _below)):
+_of_batches: dict[str, Callable[..., object]] = {
+    "list": batches.list_batches,
+    "show": batches.show,
+    "watch": batches.watch,
+    "cancel": batches.cancel,
+    "retry": batches.retry,
+}
+for _group, _subcommands in ((_app, _top), (_troubleshooting, _below), (_batch, _of_batches)):
     for _name, _subcommand in _subcommands.items():
         _group.command(_name, epilog=_EXIT_CODES)(_subcommand)
 

@@ -46,6 +46,12 @@ BEGIN
             ('make_partitions_v1',   'sender, worker, operator, reader'),
             ('limits_v1',            'sender, worker, operator, reader'),
             ('send_v1',              'sender'),
+            ('create_batch_v1',      'sender'),
+            ('add_to_batch_v1',      'sender'),
+            ('close_batch_v1',       'sender, operator'),
+            ('batches',              'sender, operator, reader'),  -- without payloads
+            ('batch_commands',       'operator, reader'),
+            ('cancel_bulk_v1',       'sender, operator'),
             ('wake_v1',              'sender, worker, operator'),  -- a worker pings itself by it
             ('cancel_v1',            'sender, operator'),  -- who sent a command and kept its id may withdraw it
             ('claim_v1',             'worker'),

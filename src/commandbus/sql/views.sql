@@ -4,24 +4,54 @@
 CREATE OR REPLACE VIEW commandbus.commands AS
 SELECT c.domain, c.command_id, c.command_type, c.status, c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery,
        c.data, c.headers, c.correlation_id, c.reply_to, NULL::jsonb AS result, c.error, c.sent_at, c.not_before,
-       c.due_at, c.parked_at, c.claimed_at, c.lease_until, c.worker, NULL::timestamptz AS finished_at
+       c.due_at, c.parked_at, c.claimed_at, c.lease_until, c.worker, NULL::timestamptz AS finished_at,
+       c.batch_id
 FROM commandbus.command c
 UNION ALL
 SELECT h.domain, h.command_id, h.command_type, h.status, h.priority, h.max_attempts, h.attempts, h.crashes, h.delivery,
        h.data, h.headers, h.correlation_id, h.reply_to, h.result, h.error, h.sent_at, h.not_before,
-       NULL::timestamptz, NULL::timestamptz, h.claimed_at, NULL::timestamptz, h.worker, h.finished_at
+       NULL::timestamptz, NULL::timestamptz, h.claimed_at, NULL::timestamptz, h.worker, h.finished_at, h.batch_id
 FROM commandbus.command_history h;
 
 -- What waits for an operator; the oldest first when ordered by parked_at. Failures of one kind share a fingerprint.
--- Columns are only ever added at the end: once commands gets another, name them all here.
+-- Columns are only ever added at the end.
 CREATE OR REPLACE VIEW commandbus.troubleshooting AS
-SELECT c.*, commandbus._fingerprint(c.error) AS fingerprint FROM commandbus.commands c WHERE c.parked_at IS NOT NULL;
+SELECT c.domain, c.command_id, c.command_type, c.status, c.priority, c.max_attempts, c.attempts, c.crashes, c.delivery,
+       c.data, c.headers, c.correlation_id, c.reply_to, c.result, c.error, c.sent_at, c.not_before, c.due_at,
+       c.parked_at, c.claimed_at, c.lease_until, c.worker, c.finished_at,
+       commandbus._fingerprint(c.error) AS fingerprint, c.batch_id
+FROM commandbus.commands c WHERE c.parked_at IS NOT NULL;
 
 -- How many commands are unfinished, by domain, type and status, and when the oldest of them was sent.
 CREATE OR REPLACE VIEW commandbus.stats AS
 SELECT c.domain, c.command_type, c.status, count(*) AS count, min(c.sent_at) AS oldest_sent_at
 FROM commandbus.command c
 GROUP BY c.domain, c.command_type, c.status;
+
+-- The batches that are kept: how many of their commands are where. open: those that wait, or are running.
+CREATE OR REPLACE VIEW commandbus.batches AS
+SELECT b.domain, b.batch_id, b.name, n.total, n.completed, n.failed, n.canceled, n.parked AS in_trouble,
+       n.total - n.completed - n.failed - n.canceled - n.parked AS open, b.growing, b.created_at, b.finished_at,
+       b.on_complete ->> 'domain' AS on_complete_domain, (b.on_complete ->> 'command_id')::uuid AS on_complete_id
+FROM commandbus.batch b
+CROSS JOIN LATERAL (
+    SELECT b.total + coalesce(sum(w.total), 0)::integer AS total,
+           b.completed + coalesce(sum(w.completed), 0)::integer AS completed,
+           b.failed + coalesce(sum(w.failed), 0)::integer AS failed,
+           b.canceled + coalesce(sum(w.canceled), 0)::integer AS canceled,
+           b.parked + coalesce(sum(w.parked), 0)::integer AS parked
+    FROM commandbus.batch_change w WHERE w.domain = b.domain AND w.batch_id = b.batch_id) n;
+
+-- The commands of each batch, in the order in which they were given, as long as they are kept.
+CREATE OR REPLACE VIEW commandbus.batch_commands AS
+SELECT m.position, c.*
+FROM commandbus.batch_command m
+CROSS JOIN LATERAL (
+    SELECT k.domain, k.batch_id, k.command_id, k.command_type, k.status, k.priority, k.max_attempts, k.attempts,
+           k.crashes, k.delivery, k.data, k.headers, k.correlation_id, k.reply_to, k.result, k.error, k.sent_at,
+           k.not_before, k.due_at, k.parked_at, k.claimed_at, k.lease_until, k.worker, k.finished_at
+    FROM commandbus.commands k WHERE k.domain = m.domain AND k.command_id = m.command_id AND k.batch_id = m.batch_id
+    LIMIT 1) c;
 
 -- The workers that have announced themselves, which they do every 10 s. A view calls functions with the rights of who
 -- reads it: that takes EXECUTE on clock().

@@ -14,8 +14,8 @@ from uuid import UUID
 
 import psycopg
 
-from commandbus._batches import receipt
 from commandbus._calls import Outgoing
+from commandbus._chunks import receipt
 from commandbus._connections import Work, run_on
 from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus, key_of
@@ -34,6 +34,7 @@ from commandbus.model import (
     Violation,
     Waiting,
 )
+from commandbus.sync.batches import SyncBatches
 from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 from commandbus.sync.defaults import default_runtime
 from commandbus.sync.runtime import Closer, SyncRuntime
@@ -44,7 +45,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class SyncCommandBus:
+class SyncCommandBus(SyncBatches):
     """The same bus as `CommandBus`, for code without an event loop. Any number of threads may share one.
 
     `dsn` and the options are those of `CommandBus`; instead of a DSN it takes a `CommandBus`, which nobody has opened
@@ -153,7 +154,7 @@ class SyncCommandBus:
     def _call(
         self, function: Callable[Concatenate[CommandBus, P], Coroutine[Any, Any, T]], *args: P.args, **more: P.kwargs
     ) -> T:
-        self.runtime.check(function.__qualname__)
+        self.runtime.check(f"CommandBus.{function.__name__}")
         done: T = self.runtime.join(Call(partial(function, self.opened(), *args, **more)))
         return done
 

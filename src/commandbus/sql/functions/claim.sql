@@ -237,12 +237,13 @@ END $$;
 -- _sweep: counts a crash for every lease of the domain that ran out; up to 500 a type and level in a call.
 -- IN_PROGRESS -> PENDING; at the second crash it waits to be run alone, so that what kills its process takes no
 -- neighbour along; at the third -> IN_TROUBLESHOOTING_QUEUE. What waited in a worker that looked ahead has not crashed.
--- Locks: the expired rows, never waiting for one.
+-- Changes of batches that wait to be counted are, too. Locks: the expired rows, never waiting for one; then batches.
 CREATE OR REPLACE FUNCTION commandbus._sweep(p_domain text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now     timestamptz := commandbus.clock();
     v_expired tid[];
+    v_stuck   uuid[];
     m         record;
 BEGIN
     v_expired := ARRAY(SELECT q.ctid FROM commandbus.command q
@@ -268,11 +269,17 @@ BEGIN
                 format('The lease of %s ran out during delivery %s.', c.worker, c.delivery)) END
         WHERE c.ctid = ANY (v_expired)
         RETURNING c.*
+    ), told AS (
+        INSERT INTO commandbus.audit_event
+            (domain, command_id, event_no, event, occurred_at, from_status, to_status, delivery, worker, claimed_at,
+             lease_token, error)
+        SELECT c.domain, c.command_id, c.events, CASE WHEN c.ahead THEN 'EXPIRED' ELSE 'CRASHED' END, v_now,
+               'IN_PROGRESS', c.status, c.delivery, c.worker, c.claimed_at, c.lease_token, c.error
+        FROM crashed c
     )
-    INSERT INTO commandbus.audit_event
-        (domain, command_id, event_no, event, occurred_at, from_status, to_status, delivery, worker, claimed_at,
-         lease_token, error)
-    SELECT c.domain, c.command_id, c.events, CASE WHEN c.ahead THEN 'EXPIRED' ELSE 'CRASHED' END, v_now, 'IN_PROGRESS', c.status, c.delivery, c.worker,
-           c.claimed_at, c.lease_token, c.error
-    FROM crashed c;
+    SELECT array_agg(c.batch_id) INTO v_stuck FROM crashed c WHERE c.parked_at IS NOT NULL AND c.batch_id IS NOT NULL;
+    IF v_stuck IS NOT NULL THEN
+        PERFORM commandbus._count(p_domain, v_stuck, 'IN_TROUBLESHOOTING_QUEUE');
+    END IF;
+    PERFORM commandbus._settle_all(p_domain);
 END $$;

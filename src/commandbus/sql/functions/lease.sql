@@ -50,6 +50,7 @@ DECLARE
     v_over  tid[];
     v_again tid[];
     v_done  uuid[];
+    v_stuck uuid[];
 BEGIN
     SELECT coalesce(array_agg(c.ctid) FILTER (WHERE i.kind = 'BUSINESS'), '{}'),
            coalesce(array_agg(c.ctid) FILTER (WHERE i.kind = 'TRANSIENT'
@@ -79,7 +80,12 @@ BEGIN
                f.presented_token, f.error
         FROM failed f RETURNING e.command_id
     )
-    SELECT v_done || coalesce(array_agg(t.command_id), '{}') INTO v_done FROM told t;
+    SELECT v_done || coalesce(array_agg(t.command_id), '{}'),
+           (SELECT array_agg(f.batch_id) FROM failed f WHERE f.parked_at IS NOT NULL AND f.batch_id IS NOT NULL)
+      INTO v_done, v_stuck FROM told t;
+    IF v_stuck IS NOT NULL THEN
+        PERFORM commandbus._count(p_domain, v_stuck, 'IN_TROUBLESHOOTING_QUEUE');
+    END IF;
     RETURN QUERY SELECT a.* FROM commandbus._answer(p_domain, v_json, v_done) a;
 END $$;
 

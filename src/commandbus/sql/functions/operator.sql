@@ -51,6 +51,9 @@ BEGIN
             CASE WHEN p_command.status = 'IN_PROGRESS' THEN p_command.claimed_at END,
             CASE WHEN p_command.status = 'IN_PROGRESS' THEN p_command.lease_token END,
             p_operator, p_reason, p_command.error, p_details);
+    IF p_command.batch_id IS NOT NULL AND p_command.status = 'IN_TROUBLESHOOTING_QUEUE' THEN
+        PERFORM commandbus._count(p_command.domain, ARRAY[p_command.batch_id], p_command.status, -1);
+    END IF;
 END $$;
 
 -- _end: tells the event and finishes the command.

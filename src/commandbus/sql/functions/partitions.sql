@@ -61,7 +61,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- drop_expired_v1: drops the weeks that ended before the retention began; a row for each.
+-- drop_expired_v1: drops the weeks that ended before the retention began; a row for each. Batches too, some a call.
 -- Locks: ACCESS EXCLUSIVE on the two parents and the week, waited for at most 50 ms (behind a longer wait, sends
 -- elsewhere waited 1.8 s). Who holds it instead is told in blocked_by (process ids), and the week stays: call again.
 CREATE OR REPLACE FUNCTION commandbus.drop_expired_v1() RETURNS TABLE (week text, blocked_by integer[])
@@ -71,6 +71,7 @@ DECLARE
         - (SELECT s.value::interval FROM commandbus.setting s WHERE s.name = 'retention');
     v_suffix text;
 BEGIN
+    PERFORM commandbus._drop_batches(v_oldest);
     FOR v_suffix IN
         SELECT substr(c.relname, length('command_history_') + 1)
         FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid

@@ -1,7 +1,7 @@
 -- send_v1: accepts commands. Durable when the caller's transaction commits.
--- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, batch_id, max_attempts,
--- delay (seconds), priority, minted}, ...]. Without command_id one is made. One that is given is looked up in history too,
--- unless minted: the library has made it for this very call.
+-- p_commands: [{domain, command_id, command_type, data, headers, correlation_id, reply_to, max_attempts, delay (seconds),
+-- priority, minted}, ...]. Without command_id one is made. One that is given is looked up in history too, unless
+-- minted: the library has made it for this very call.
 -- p_lock_timeout (milliseconds): so that a flush of many callers' commands does not wait for the rival of one.
 -- (sent) -> PENDING | SCHEDULED. An answer a row, in order: accepted, duplicate (same type and data as first
 -- sent; nothing is written) or conflict (not the same; nothing is written).
@@ -13,7 +13,16 @@
 -- at READ COMMITTED: at REPEATABLE READ the same code accepted an id twice.
 CREATE OR REPLACE FUNCTION commandbus.send_v1(p_commands text, p_lock_timeout integer DEFAULT NULL)
 RETURNS TABLE (ordinal integer, command_id uuid, outcome text)
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY SELECT s.* FROM commandbus._send(p_commands, p_lock_timeout) s;
+END $$;
+
+-- _send: does that. p_batch_id: the batch of all of them, in whose counts the caller puts them.
+CREATE OR REPLACE FUNCTION commandbus._send(
+    p_commands text, p_lock_timeout integer DEFAULT NULL, p_batch_id uuid DEFAULT NULL)
+RETURNS TABLE (ordinal integer, command_id uuid, outcome text)
+LANGUAGE plpgsql
 SET plan_cache_mode = force_generic_plan SET jit = off
 SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 #variable_conflict use_column
@@ -29,8 +38,8 @@ BEGIN
     FOR r IN
         WITH given AS MATERIALIZED (
             SELECT g.n, g.domain, coalesce(g.command_id, gen_random_uuid()) AS command_id, g.command_type, g.data,
-                   coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.batch_id,
-                   g.max_attempts, coalesce(g.priority, 0::smallint) AS priority,
+                   coalesce(g.headers, '{}') AS headers, g.correlation_id, g.reply_to, g.max_attempts,
+                   coalesce(g.priority, 0::smallint) AS priority,
                    g.command_id IS NOT NULL AND NOT coalesce(g.minted, false) AS own_id,
                    CASE WHEN g.delay BETWEEN 0 AND v_longest
                         THEN v_now + make_interval(secs => g.delay) END AS not_before,
@@ -54,13 +63,13 @@ BEGIN
                    sha256(convert_to(g.command_type || ' ' || g.data_text, 'UTF8')) AS data_hash
             FROM (SELECT f.domain, f.command_id, f.command_type, coalesce(f.data, 'null') AS data,
                          coalesce(f.data, 'null')::text AS data_text, f.headers, f.correlation_id, f.reply_to,
-                         f.batch_id, f.max_attempts, f.delay, f.priority, f.minted, f.n
+                         f.max_attempts, f.delay, f.priority, f.minted, f.n
                   FROM ROWS FROM (json_to_recordset(p_commands::json) AS
                       (domain text, command_id uuid, command_type text, data jsonb, headers jsonb,
-                       correlation_id text, reply_to text, batch_id uuid, max_attempts integer,
-                       delay double precision, priority smallint, minted boolean))
+                       correlation_id text, reply_to text, max_attempts integer, delay double precision,
+                       priority smallint, minted boolean))
                        WITH ORDINALITY AS f(domain, command_id, command_type, data, headers, correlation_id, reply_to,
-                                            batch_id, max_attempts, delay, priority, minted, n)
+                                            max_attempts, delay, priority, minted, n)
                   OFFSET 0) g  -- or the text would be made twice
         ), inserted AS (
             INSERT INTO commandbus.command AS c
@@ -70,7 +79,7 @@ BEGIN
                    CASE WHEN g.not_before > v_now THEN 'SCHEDULED' ELSE 'PENDING' END,
                    CASE WHEN g.not_before > v_now THEN NULL ELSE commandbus._place(g.priority) END,
                    CASE WHEN g.not_before > v_now THEN g.not_before END,
-                   g.priority, g.max_attempts, v_now, g.not_before, g.correlation_id, g.reply_to, g.batch_id,
+                   g.priority, g.max_attempts, v_now, g.not_before, g.correlation_id, g.reply_to, p_batch_id,
                    g.data_hash, g.data, g.headers
             FROM given g WHERE g.wrong IS NULL ORDER BY g.domain, g.command_id, g.n
             ON CONFLICT (domain, command_id) DO NOTHING

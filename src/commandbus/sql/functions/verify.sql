@@ -291,6 +291,8 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     SELECT * FROM commandbus._verify_replies()
     UNION ALL
+    SELECT * FROM commandbus._verify_batches()
+    UNION ALL
     SELECT 'kept_twice', c.domain, c.command_id, format('it is kept %s times', count(*))
     FROM commandbus._kept() c GROUP BY c.domain, c.command_id HAVING count(*) > 1
     UNION ALL

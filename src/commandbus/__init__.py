@@ -32,7 +32,12 @@ from commandbus.model import (
     CommandStatus,
     Error,
     Page,
+    ProcessReceipt,
+    ProcessRecord,
+    ProcessStatus,
+    ProcessStep,
     Receipt,
+    Reply,
     SendRequest,
     Stat,
     StopReport,
@@ -44,6 +49,8 @@ from commandbus.model import (
     WaitingReason,
 )
 from commandbus.policy import RetryPolicy
+from commandbus.process import Compensate, Finish, Process, Send, Wait
+from commandbus.processes import Processes
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
 
@@ -61,9 +68,11 @@ __all__ = [
     "CommandNotFoundError",
     "CommandStateError",
     "CommandStatus",
+    "Compensate",
     "ConfigurationError",
     "DatabaseUnavailableError",
     "Error",
+    "Finish",
     "HandlerContext",
     "HandlerRegistry",
     "InvalidCommandError",
@@ -73,9 +82,17 @@ __all__ = [
     "PartialSendError",
     "PermanentCommandError",
     "PermissionDeniedError",
+    "Process",
+    "ProcessReceipt",
+    "ProcessRecord",
+    "ProcessStatus",
+    "ProcessStep",
+    "Processes",
     "Receipt",
+    "Reply",
     "RetryPolicy",
     "SchemaError",
+    "Send",
     "SendRequest",
     "SendTimeoutError",
     "Stat",
@@ -87,6 +104,7 @@ __all__ = [
     "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Violation",
+    "Wait",
     "Waiting",
     "WaitingReason",
     "Worker",

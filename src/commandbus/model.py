@@ -99,6 +99,115 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """How a command has ended. `data` is its result; `error` is set when it is not `COMPLETED`."""
+
+    domain: str
+    command_id: UUID
+    command_type: str
+    status: CommandStatus
+    data: Json = None
+    error: Error | None = None
+    correlation_id: str | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the command was completed."""
+        return self.status == CommandStatus.COMPLETED
+
+    @property
+    def failed(self) -> bool:
+        """Whether a business rule said no, or the command was canceled."""
+        return not self.succeeded
+
+    @staticmethod
+    def of(command: Command) -> Reply:
+        """Return what a command of type `Reply` tells."""
+        told, error = command.data, command.data["error"]
+        return Reply(
+            told["domain"],
+            UUID(told["command_id"]),
+            told["command_type"],
+            CommandStatus(told["status"]),
+            told["result"],
+            None if error is None else Error(error.get("code", ""), error.get("message", ""), error.get("details")),
+            command.correlation_id,
+        )
+
+
+class ProcessStatus(StrEnum):
+    """Where a process is in its life. The last three are its ends; `FAILED`: not everything could be undone."""
+
+    RUNNING = "RUNNING"
+    COMPENSATING = "COMPENSATING"
+    COMPLETED = "COMPLETED"
+    COMPENSATED = "COMPENSATED"
+    FAILED = "FAILED"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a process of this status has ended."""
+        return self not in (ProcessStatus.RUNNING, ProcessStatus.COMPENSATING)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReceipt:
+    """The process is durable. `duplicate`: it was already, with the same type and state as first given."""
+
+    domain: str
+    process_id: UUID
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessRecord:
+    """A process as it is kept. `error` is the first; `open` names what it waits for, `parked` counts what of that is
+    in the troubleshooting queue."""  # noqa: D205, D209
+
+    domain: str
+    process_id: UUID
+    process_type: str
+    status: ProcessStatus
+    state: Json
+    state_version: int
+    result: Json
+    error: Error | None
+    deadline: datetime | None
+    started_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
+    open: tuple[str, ...]
+    parked: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStep:
+    """One command that a process has sent. `kind`: step, undo, wait or deadline; the last two are timers.
+
+    `status` is `OPEN` until its outcome is applied, then that of its reply; `command_status` is that of the command.
+    `of_number`: which step it undoes, or is the deadline of. `error` of a parked one says why it is.
+    """
+
+    domain: str
+    process_id: UUID
+    number: int
+    kind: str
+    name: str
+    of_number: int | None
+    status: str
+    command_domain: str
+    command_id: UUID
+    command_type: str | None
+    command_status: CommandStatus | None
+    sent_at: datetime
+    due_at: datetime | None
+    parked_at: datetime | None
+    ended_at: datetime | None
+    error: Error | None
+    result: Json
+
+
+@dataclass(frozen=True, slots=True)
 class AuditEvent:
     """One step in the life of a command. `step` orders the steps; `lease_token` names the lease it was made under."""
 

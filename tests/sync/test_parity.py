@@ -18,17 +18,19 @@ from commandbus import (
     CommandStateError,
     HandlerContext,
     HandlerRegistry,
+    Processes,
     TroubleshootingFilter,
     TroubleshootingQueue,
     Worker,
 )
-from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncTroubleshootingQueue, SyncWorker
+from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncProcesses, SyncTroubleshootingQueue, SyncWorker
 from tests.bus.support import DOMAIN
 from tests.support import eventually
 
 TWINS: dict[type, type] = {
     CommandBus: SyncCommandBus,
     HandlerContext: SyncHandlerContext,
+    Processes: SyncProcesses,
     TroubleshootingQueue: SyncTroubleshootingQueue,
     Worker: SyncWorker,
 }

@@ -18,7 +18,18 @@ from commandbus.handlers import Handler
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("cancelled", "charged", "claimed", "completing", "deadline", "handler", "held", "lost", "task")
+    __slots__ = (
+        "cancelled",
+        "charged",
+        "claimed",
+        "completing",
+        "deadline",
+        "handler",
+        "held",
+        "lost",
+        "task",
+        "wakes",
+    )
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
@@ -29,6 +40,7 @@ class Lease:
         self.lost = False
         self.charged = False  # what fails in its transaction is the handler's doing, not a statement of the library's
         self.completing = False  # the completion stands in a transaction that may commit
+        self.wakes: frozenset[str] = frozenset()  # the domains that its transaction has sent commands to
         self.cancelled = False  # the handler's outcome can no longer be recorded; any thread may say so
 
     def wait(self, seconds: float) -> bool:

@@ -311,6 +311,8 @@ class Runner:
                 extra=lease.log_extra(self._worker),
             )
             return Released()
+        if lease.wakes:
+            self._bus._wake_soon(lease.wakes)  # noqa: SLF001 - a hint, as after any commit of ours
         return Recorded()
 
     async def _transact(self, lease: Lease, command: Command) -> None:

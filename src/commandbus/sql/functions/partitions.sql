@@ -61,7 +61,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- drop_expired_v1: drops the weeks that ended before the retention began; a row for each.
+-- drop_expired_v1: drops the weeks that ended before the retention began; a row for each. Processes leave by rows.
 -- Locks: ACCESS EXCLUSIVE on the two parents and the week, waited for at most 50 ms (behind a longer wait, sends
 -- elsewhere waited 1.8 s). Who holds it instead is told in blocked_by (process ids), and the week stays: call again.
 CREATE OR REPLACE FUNCTION commandbus.drop_expired_v1() RETURNS TABLE (week text, blocked_by integer[])
@@ -92,4 +92,5 @@ BEGIN
         END;
         RETURN NEXT;
     END LOOP;
+    PERFORM commandbus._drop_processes(v_oldest);
 END $$;

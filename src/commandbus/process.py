@@ -21,7 +21,7 @@ from commandbus._calls import MAX_DELAY, Call, _name, outgoing
 from commandbus._ids import new_id
 from commandbus._limits import encode
 from commandbus._process_calls import Taken
-from commandbus.errors import ConfigurationError, InvalidCommandError
+from commandbus.errors import CommandStateError, ConfigurationError, InvalidCommandError, PermanentCommandError
 from commandbus.model import Command, CommandStatus, Error, Json, Reply, SendRequest
 
 S = TypeVar("S")
@@ -192,7 +192,10 @@ def applying(
     then = _Then(process, command.headers, max_bytes)
     then.take(process.decide(taken.name, state, dataclasses.replace(reply, error=_process_calls.parsed(taken.error))))
     text = _encode_state(state, f"process {taken.process_id}")
-    yield _process_calls.advance(command.domain, taken, text, kind.version, then.text())
+    try:
+        yield _process_calls.advance(command.domain, taken, text, kind.version, then.text())
+    except CommandStateError as error:  # the class says nothing that the process could wait for: trying again is vain
+        raise PermanentCommandError("NO_NEXT_STEP", str(error)) from None
     return frozenset(then.domains)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -45,6 +46,7 @@ class Hand:
         self.own = adopt(db)
         self.kinds: Mapping[str, type[Process[Any]]] = {kind.type: kind for kind in kinds}
         self.domain = kinds[0].domain
+        self._offset = timedelta(0)
 
     def start(self, kind: type[Process[Any]], state: object, process_id: UUID | None = None) -> ProcessReceipt:
         new = process_id or new_id()
@@ -105,10 +107,11 @@ class Hand:
             else:
                 self.do(domain, command_type)
 
-    def move_clock(self, interval: str) -> None:
-        """Move the clock of this session, and promote what is due."""
+    def wait(self, duration: timedelta) -> None:
+        """Let so much time pass, and promote what is due."""
+        self._offset += duration
         self.db.execute("UPDATE commandbus.setting SET value = 'on' WHERE name = 'test_clock'")
-        self.db.execute("SELECT set_config('commandbus.clock_offset', %s, false)", (interval,))
+        self.db.execute("SELECT set_config('commandbus.clock_offset', %s, false)", (f"{self._offset.total_seconds()} s",))
         for domain in {row[0] for row in self.db.execute("SELECT domain FROM commandbus.command")}:
             self.own.execute(work(domain, [], 0, "hand", HOUR))
 

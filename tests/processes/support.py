@@ -111,7 +111,9 @@ class Hand:
         """Let so much time pass, and promote what is due."""
         self._offset += duration
         self.db.execute("UPDATE commandbus.setting SET value = 'on' WHERE name = 'test_clock'")
-        self.db.execute("SELECT set_config('commandbus.clock_offset', %s, false)", (f"{self._offset.total_seconds()} s",))
+        self.db.execute(
+            "SELECT set_config('commandbus.clock_offset', %s, false)", (f"{self._offset.total_seconds()} s",)
+        )
         for domain in {row[0] for row in self.db.execute("SELECT domain FROM commandbus.command")}:
             self.own.execute(work(domain, [], 0, "hand", HOUR))
 
@@ -121,7 +123,7 @@ class Hand:
             "SELECT status, error ->> 'code' FROM commandbus.processes WHERE process_id = %s", (receipt.process_id,)
         ).fetchone()
         assert found is not None
-        return found
+        return found[0], found[1]
 
     def steps(self, receipt: ProcessReceipt) -> list[str]:
         """What a process has sent, in order: `step reserve COMPLETED`."""

@@ -1,4 +1,4 @@
-"""The example in every order in which it can go wrong, on the real functions: what ends, what is undone, in which order.
+"""The example in every order in which it can go wrong, with the real functions: how it ends, what is undone.
 
 A step succeeds, is refused by a business rule, is parked and put right by an operator, or is parked and given up; the
 parcel may also be too late. The two steps that run side by side end in both orders.

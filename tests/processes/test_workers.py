@@ -18,6 +18,7 @@ from commandbus import (
     CommandIdConflictError,
     CommandNotFoundError,
     CommandStateError,
+    CommandStatus,
     Finish,
     HandlerRegistry,
     Process,
@@ -124,9 +125,7 @@ async def test_a_parked_step_shows_on_the_process_which_goes_on_when_it_is_put_r
         await TroubleshootingQueue(bus).operator_retry(
             "cards", step.command_id, data={"order_id": "7", "card": "4242"}, operator="ann"
         )
-        found = await aeventually(
-            lambda: _terminal(processes, process), timeout=30, what="the end of the process"
-        )
+        found = await aeventually(lambda: _terminal(processes, process), timeout=30, what="the end of the process")
     assert found.status == ProcessStatus.COMPLETED
 
 
@@ -177,7 +176,9 @@ async def test_a_class_with_a_bug_loses_nothing(route: Route) -> None:
         process = await processes.start_process(Buggy, Trial())
 
         async def parked() -> bool:
-            return bool(await bus.count(domain="trials", command_type="Reply", status="IN_TROUBLESHOOTING_QUEUE"))
+            return bool(
+                await bus.count(domain="trials", command_type="Reply", status=CommandStatus.IN_TROUBLESHOOTING_QUEUE)
+            )
 
         await aeventually(parked, timeout=30, what="the parked reply")
         Buggy.right = True

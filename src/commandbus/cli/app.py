@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from commandbus._limits import text_problem
-from commandbus.cli import commands, desk, doctor, edit, parked, processes, terminal, verbs, verify
+from commandbus.cli import commands, desk, doctor, edit, parked, process, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -36,6 +36,11 @@ _troubleshooting = typer.Typer(
 )
 _app.add_typer(_troubleshooting, name="troubleshooting")
 
+_process = typer.Typer(
+    help="The process managers: what they wait for, and what an operator can do.", epilog=_EXIT_CODES
+)
+_app.add_typer(_process, name="process")
+
 _top: dict[str, Callable[..., object]] = {
     "migrate": processes.migrate,
     "worker": processes.worker,
@@ -58,7 +63,15 @@ _below: dict[str, Callable[..., object]] = {
     "cancel": verbs.cancel,
     "complete": verbs.complete,
 }
-for _group, _subcommands in ((_app, _top), (_troubleshooting, _below)):
+_of_processes: dict[str, Callable[..., object]] = {
+    "list": process.list_processes,
+    "show": process.show,
+    "timeline": process.timeline,
+    "retry": process.retry,
+    "cancel": process.cancel,
+    "resume": process.resume,
+}
+for _group, _subcommands in ((_app, _top), (_troubleshooting, _below), (_process, _of_processes)):
     for _name, _subcommand in _subcommands.items():
         _group.command(_name, epilog=_EXIT_CODES)(_subcommand)
 

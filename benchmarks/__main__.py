@@ -19,6 +19,7 @@ NAMES = (
     "batch",
     "latency",
     "processes",
+    "process",
     "growth",
     "bloat",
     "sustained",

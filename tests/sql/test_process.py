@@ -262,6 +262,8 @@ def test_of_two_replies_the_second_waits_for_the_first(hand: Hand, trial: Proces
         before.commit()
         waiting.result(10)
     assert hand.status(trial)[0] == "COMPLETED"
+    applied = "SELECT applied FROM commandbus.process_step WHERE kind = 'step' ORDER BY applied"
+    assert rows(hand.db, applied) == [(1,), (2,), (3,)]
 
 
 def _apply_and_commit(hand: Hand, command: Any, connection: psycopg.Connection) -> None:  # noqa: ANN401 - a Command

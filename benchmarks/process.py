@@ -20,6 +20,7 @@ from commandbus.model import ProcessStatus, Reply
 
 _UNDER_WAY = 500
 _STARTERS = 32
+_TRANSACTIONS = 16
 
 
 @dataclass
@@ -50,7 +51,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
     count = bench.size(100_000, 100)
     with bench.database() as dsn:
         done = bench.run(Contender((sys.executable, "-m", "benchmarks.process"), "flow", {"count": count}), dsn)
-    settings = {"processes": count, "under_way": _UNDER_WAY, "concurrency": done["concurrency"]}
+    settings = {"processes": count, "under_way": _UNDER_WAY, "transactional_connections": _TRANSACTIONS}
     first, second = done["halves"]
     yield Figure("processes of three steps", "/s", [done["rate"]], settings=settings)
     yield Figure("the second half of them", "/s", [second], at_least(0.8), "the first half", [first], settings=settings)
@@ -82,7 +83,7 @@ async def _flow(options: Options) -> Answer:
             await processes.start_process(Three, Progress())
 
     async with CommandBus(options["dsn"]) as bus:
-        worker = Worker(bus, "bench", registry, concurrency=options["concurrency"])
+        worker = Worker(bus, "bench", registry, transactional_connections=_TRANSACTIONS)
         working = asyncio.create_task(worker.run())
         began = time.monotonic()
         await asyncio.gather(*(start(Processes(bus)) for _ in range(_STARTERS)))
@@ -103,7 +104,6 @@ async def _flow(options: Options) -> Answer:
         "halves": halves,
         "peak_mb": memory_mb(peak=True),
         "bytes": int(sizes[0]) if sizes else 0,
-        "concurrency": options["concurrency"],
     }
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import psycopg
 
-from commandbus._connections import drive, execute_async
+from commandbus._connections import drive
+from commandbus._database import execute
 from commandbus.errors import ConfigurationError, LeaseLostError
 from commandbus.model import Command, Json
 from commandbus.policy import RetryPolicy
@@ -260,7 +261,7 @@ def _applier(kinds: dict[str, type[Process[Any]]]) -> AsyncFunction:
         connection = context.connection
         assert connection is not None  # noqa: S101 - it is transactional
         steps = applying(kinds, command, context.bus.max_data_bytes)
-        context._lease.wakes = await drive(steps, partial(execute_async, connection))  # noqa: SLF001 - the runner wakes them
+        context._lease.wakes = await drive(steps, partial(execute, connection))  # noqa: SLF001 - the runner wakes them
 
     return apply
 

@@ -232,3 +232,15 @@ async def test_many_at_once(route: Route, shop: psycopg.Connection) -> None:
     assert shop.execute("SELECT available FROM public.stock WHERE item = 'teapot'").fetchone() == (80,)
     twice = "SELECT order_id, what FROM public.done GROUP BY 1, 2 HAVING count(*) > 1"
     assert shop.execute(twice).fetchall() == []
+
+
+def test_the_program_of_the_example_runs(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMMAND_BUS_DSN", dsn)
+    asyncio.run(example.main())
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("order")]
+    assert told[0] == "order 1: COMPLETED {'parcel': 'P-1', 'confirmed': True}"
+    assert told[1].startswith("order 2: charge")
+    assert told[2].startswith("order 2: COMPLETED")
+    assert told[3].startswith("order 3: COMPENSATED Error(code='SOLD_OUT'")

@@ -8,10 +8,13 @@ What was done is undone in reverse when a later step cannot be. Run it against a
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
+
+import psycopg
 
 from commandbus import (
     BusinessRuleError,
@@ -167,9 +170,9 @@ async def ended(processes: Processes, process_id: UUID) -> ProcessRecord:
 
 async def main() -> None:
     """Fulfil three orders: one goes well, one has a card that nobody can read, one is sold out."""
+    async with await psycopg.AsyncConnection.connect(os.environ["COMMAND_BUS_DSN"]) as connection:
+        await connection.execute(SCHEMA)
     async with CommandBus() as bus:
-        async with bus.database.connection() as connection:
-            await connection.execute(SCHEMA)
         processes, queue = Processes(bus), TroubleshootingQueue(bus)
         worker = Worker(bus, registry.domains, registry)
         working = asyncio.create_task(worker.run())

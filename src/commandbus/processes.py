@@ -108,11 +108,14 @@ class Processes:
 
         A reply that somebody has canceled is sent again.
         """
-        return await self._bus.database.run(_process_calls.retry(domain, process_id, operator, reason))
+        count = await self._bus.database.run(_process_calls.retry(domain, process_id, operator, reason))
+        await self._bus.wake(domain)
+        return count
 
     async def cancel_process(self, domain: str, process_id: UUID, *, operator: str, reason: str) -> None:
         """Compensate a process: `RUNNING -> COMPENSATING`. Open steps are canceled; what runs is awaited."""
         await self._bus.database.run(_process_calls.cancel(domain, process_id, operator, reason))
+        await self._bus.wake(domain)
 
     async def resume_process(
         self, domain: str, process_id: UUID, *, operator: str, reason: str | None = None

@@ -21,6 +21,7 @@ NAMES = (
     "latency",
     "replies",
     "processes",
+    "process",
     "growth",
     "bloat",
     "sustained",

@@ -18,7 +18,7 @@ from typing import Any, Self
 import commandbus
 from commandbus import Batch
 from commandbus._database import Database
-from commandbus.sync import SyncCommandBus, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
+from commandbus.sync import SyncCommandBus, SyncProcesses, SyncRuntime, SyncTroubleshootingQueue, SyncWorker
 from commandbus.testing import SyncHarness
 
 _threads = ThreadPoolExecutor(256, "test")  # as many as a test has calls at once: asyncio's own has 6 on two cores
@@ -92,6 +92,11 @@ class TroubleshootingQueue(_Awaitable):
         super().__init__(SyncTroubleshootingQueue(bus.blocking))
 
 
+class Processes(_Awaitable):
+    def __init__(self, bus: CommandBus) -> None:
+        super().__init__(SyncProcesses(bus.blocking))
+
+
 class Worker(_Awaitable):
     def __init__(self, bus: CommandBus, *args: Any, **more: Any) -> None:
         super().__init__(SyncWorker(bus.blocking, *args, **more))
@@ -107,7 +112,7 @@ class Harness(_Awaitable):
         super().__init__(SyncHarness(bus.blocking, *args, **more))
 
 
-TWINS = {twin.__name__: twin for twin in (CommandBus, Harness, TroubleshootingQueue, Worker)}
+TWINS = {twin.__name__: twin for twin in (CommandBus, Harness, Processes, TroubleshootingQueue, Worker)}
 
 
 def kinds(half: str) -> Any:  # noqa: ANN401 - one of two modules

@@ -49,6 +49,9 @@ from commandbus.model import (
     WaitingReason,
 )
 from commandbus.policy import RetryPolicy
+from commandbus.process import Compensate, Finish, Process, Send, Wait
+from commandbus.process_model import ProcessReceipt, ProcessRecord, ProcessStatus, ProcessStep
+from commandbus.processes import Processes
 from commandbus.troubleshooting import TroubleshootingQueue
 from commandbus.worker import Worker
 
@@ -69,9 +72,11 @@ __all__ = [
     "CommandParkedError",
     "CommandStateError",
     "CommandStatus",
+    "Compensate",
     "ConfigurationError",
     "DatabaseUnavailableError",
     "Error",
+    "Finish",
     "HandlerContext",
     "HandlerRegistry",
     "InvalidCommandError",
@@ -81,11 +86,18 @@ __all__ = [
     "PartialSendError",
     "PermanentCommandError",
     "PermissionDeniedError",
+    "Process",
+    "ProcessReceipt",
+    "ProcessRecord",
+    "ProcessStatus",
+    "ProcessStep",
+    "Processes",
     "Receipt",
     "Reply",
     "ReplyTimeoutError",
     "RetryPolicy",
     "SchemaError",
+    "Send",
     "SendRequest",
     "SendTimeoutError",
     "Stat",
@@ -97,6 +109,7 @@ __all__ = [
     "TroubleshootingGroup",
     "TroubleshootingQueue",
     "Violation",
+    "Wait",
     "Waiting",
     "WaitingReason",
     "Worker",

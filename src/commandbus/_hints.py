@@ -54,13 +54,13 @@ class Hints:
             self._given.pop(domain, None)
         await self._give_due(lambda call: execute(connection, call, _DEADLINE))
 
-    def owe(self, domains: Collection[str]) -> None:
-        """Hint to the workers of these domains soon, because somebody else's transaction commits.
+    def owe(self, domains: Collection[str], *, committed: bool = False) -> None:
+        """Hint to the workers of these domains; soon, if somebody else's transaction is only about to commit.
 
         In 50 ms, what a busy worker waits between two polls: SQLAlchemy tells of a commit just before it.
         """
         self._owed.update(domains)
-        self._start_timer(_COMMITTING)
+        self._start_timer(0.0 if committed else _COMMITTING)
 
     def close(self) -> None:
         """Drop the hints that are owed."""

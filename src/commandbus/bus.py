@@ -20,14 +20,13 @@ from commandbus._connections import Work, arun_on
 from commandbus._database import Database, pooled_by_default
 from commandbus._hints import Hints
 from commandbus._ids import new_id
-from commandbus._limits import MAX_BYTES, shown
+from commandbus._limits import MAX_BYTES
 from commandbus._send_buffer import SendBuffer
 from commandbus._waits import Patience, Waits
 from commandbus.batches import Batches
 from commandbus.errors import (
     ClosedError,
     CommandBusError,
-    CommandNotFoundError,
     ConfigurationError,
     DatabaseUnavailableError,
     InvalidCommandError,
@@ -38,25 +37,19 @@ from commandbus.errors import (
 )
 from commandbus.migrate import explain_mismatch
 from commandbus.model import (
-    AuditEvent,
-    Command,
-    CommandStatus,
     Json,
     OnParked,
-    Page,
     Receipt,
     Reply,
     SendRequest,
-    Stat,
-    Violation,
-    Waiting,
 )
+from commandbus.reading import Reading, key_of
 from commandbus.tracing import NoTracing, Tracing
 
 T = TypeVar("T")
 
 
-class CommandBus(Batches):
+class CommandBus(Reading, Batches):
     """Sends commands to a database and looks after them. Open it with `async with`, on one event loop.
 
     `dsn`: a libpq connection string or URI; default: `$COMMAND_BUS_DSN`, read now. `send_timeout`: how long a send may
@@ -251,11 +244,11 @@ class CommandBus(Batches):
         with contextlib.suppress(psycopg.Error, DatabaseUnavailableError, PermissionDeniedError, SchemaError):
             await database.run(_calls.wake(domains))
 
-    def _wake_soon(self, domains: Collection[str]) -> None:
-        """Do what `wake` does, soon; from any thread, without waiting, without raising."""
+    def _wake_soon(self, domains: Collection[str], *, committed: bool = False) -> None:
+        """Do what `wake` does, soon, or at once if `committed`; any thread may, without waiting or raising."""
         if self._loop is not None and not self._closed:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._hints.owe, frozenset(domains))
+                self._loop.call_soon_threadsafe(partial(self._hints.owe, frozenset(domains), committed=committed))
 
     def _outgoing(self, request: SendRequest) -> Outgoing:
         given: object = request
@@ -334,71 +327,6 @@ class CommandBus(Batches):
             sent = receipt(outgoing, *await self._buffer.send([outgoing], patience.bounded(self._send_timeout)))
             return await self._waits.reply(wait, at_once=sent.duplicate)
 
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    async def get_command(self, command: Receipt | str, command_id: UUID | None = None) -> Command:
-        """Return a command, by its receipt or by domain and id. Raises `CommandNotFoundError`."""
-        domain, command_id = key_of(command, command_id)
-        found = await self.database.repeat(_queries.get_command(domain, command_id))
-        if found is None:
-            raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
-        return found
-
-    async def query_commands(
-        self,
-        *,
-        domain: str | None = None,
-        status: CommandStatus | None = None,
-        command_type: str | None = None,
-        since: timedelta | None = None,
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> Page[Command]:
-        """Return a page of commands, unfinished and finished, newest first within a domain.
-
-        `since`: only those sent at most so long ago. `limit`: 1 to 1,000.
-        """
-        return await self.database.repeat(
-            _queries.query_commands(
-                domain=domain, status=status, command_type=command_type, since=since, limit=limit, cursor=cursor
-            )
-        )
-
-    async def explain(self, command: Receipt | str, command_id: UUID | None = None) -> Waiting | None:
-        """Say why an unfinished command is where it is; None when it is finished. Raises `CommandNotFoundError`."""
-        return await self.database.repeat(_queries.explain(*key_of(command, command_id)))
-
-    async def get_audit_trail(self, command: Receipt | str, command_id: UUID | None = None) -> list[AuditEvent]:
-        """Return all steps in the life of a command, in order. Raises `CommandNotFoundError`."""
-        domain, command_id = key_of(command, command_id)
-        events = await self.database.repeat(_queries.audit_trail(domain, command_id))
-        if not events:
-            raise CommandNotFoundError(f'no command {command_id} in domain "{domain}"')
-        return events
-
-    async def count(
-        self,
-        *,
-        domain: str | None = None,
-        status: CommandStatus | None = None,
-        command_type: str | None = None,
-    ) -> int:
-        """Count the commands that are kept, finished ones included."""
-        return await self.database.repeat(_queries.count(domain, status, command_type))
-
-    async def stats(self, *, domain: str | None = None) -> list[Stat]:
-        """Count what is unfinished, by domain, type and status, each with the time its oldest was sent."""
-        return await self.database.repeat(_queries.stats(domain))
-
-    async def verify(self, *, timeout: timedelta = timedelta(minutes=10)) -> list[Violation]:
-        """Compare all commands and audit events that are kept with what the library can have written.
-
-        Reads one snapshot and writes nothing, so it may run beside workers; 100,000 commands take about 3 s. Empty when
-        all is well; else ordered by domain and id.
-        Raises `CommandBusError` when it has not come to its end within the timeout; PostgreSQL has stopped then, too.
-        """
-        return await self.database.run(_queries.verify(), timeout.total_seconds(), long=True)
-
     # -- ending --------------------------------------------------------------------------------------------------------
 
     async def cancel(
@@ -425,15 +353,3 @@ class CommandBus(Batches):
         problem = explain_mismatch(*found)
         if problem is not None:
             raise SchemaError(problem)
-
-
-def key_of(command: Receipt | str, command_id: UUID | None) -> tuple[str, UUID]:
-    """Return domain and id; for the other parts of the library."""
-    if isinstance(command, Receipt):
-        return command.domain, command.command_id
-    if command_id is None:
-        raise TypeError("give a receipt, or a domain and a command id")
-    given: object = command_id
-    if not isinstance(given, UUID):
-        raise InvalidCommandError(f"command_id is {shown(given)}: it must be a uuid.UUID")
-    return command, command_id

@@ -7,13 +7,17 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import psycopg
 
+from commandbus._connections import drive
+from commandbus._database import execute
 from commandbus.errors import ConfigurationError, LeaseLostError
-from commandbus.model import Command, Json
+from commandbus.model import REPLY, Command, Json
 from commandbus.policy import RetryPolicy
+from commandbus.process import TIMER, Process, applying
 
 if TYPE_CHECKING:
     from commandbus.bus import CommandBus  # noqa: F401 - it stands in a string below
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 class _Lease(Protocol):
     """What a context asks of the lease that its handler runs under."""
+
+    wakes: frozenset[str]
 
     @property
     def cancelled(self) -> bool: ...
@@ -156,6 +162,7 @@ class HandlerRegistry:
 
     def __init__(self) -> None:
         self._handlers: dict[tuple[str, str], Handler] = {}
+        self._processes: dict[str, dict[str, type[Process[Any]]]] = {}
 
     def handler(
         self,
@@ -190,6 +197,21 @@ class HandlerRegistry:
                 found = True
         if not found:
             raise ConfigurationError(f"{type(instance).__name__} has no method marked with commandbus.handler(...)")
+
+    def register_process(self, process: type[Process[Any]]) -> None:
+        """Register a process class: a worker of its domain then handles the replies to its steps, and its timers.
+
+        Raises `ConfigurationError` for a type that is registered already, or a domain whose `Reply` has a handler.
+        """
+        kinds = self._processes.get(process.domain)
+        if kinds is None:
+            kinds = {}
+            for command_type in (REPLY, TIMER):
+                self.handler(process.domain, command_type, transactional=True)(_applier(kinds))
+            self._processes[process.domain] = kinds
+        if process.type in kinds:
+            raise ConfigurationError(f'process "{process.type}" of "{process.domain}" is registered already')
+        kinds[process.type] = process
 
     def find(self, domain: str, command_type: str) -> Handler:
         """Return the handler of this type. Raises `ConfigurationError` when there is none."""
@@ -230,6 +252,18 @@ class HandlerRegistry:
             mark.retry or RetryPolicy(),
             mark.timeout,
         )
+
+
+def _applier(kinds: dict[str, type[Process[Any]]]) -> AsyncFunction:
+    """Return the handler of replies and timers for these process classes."""
+
+    async def apply(command: Command, context: HandlerContext) -> None:
+        connection = context.connection
+        assert connection is not None  # noqa: S101 - it is transactional
+        steps = applying(kinds, command, context.bus.max_data_bytes)
+        context._lease.wakes = await drive(steps, partial(execute, connection))  # noqa: SLF001 - the runner wakes them
+
+    return apply
 
 
 def _check_parameters(mark: _Mark, function: Callable[..., Any]) -> None:

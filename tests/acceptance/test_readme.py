@@ -297,7 +297,7 @@ def test_the_reference_of_errors_names_each_class_and_its_code() -> None:
 def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text("utf-8")
     named = re.findall(r"^\| `([A-Z_]+)` \| [^|]* \|$", page, re.MULTILINE)
-    python = [*(SQL.parent / "worker").glob("*.py"), SQL.parent / "model.py"]
+    python = [*(SQL.parent / "worker").glob("*.py"), SQL.parent / "model.py", SQL.parent / "process.py"]
     worker = "".join(path.read_text("utf-8") for path in python)
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
     given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
@@ -358,7 +358,7 @@ def test_the_reference_of_sql_functions_names_each_violation() -> None:
     page = (ROOT / "docs" / "reference" / "sql-functions.md").read_text("utf-8")
     first_cells = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| [A-Z]", page, re.MULTILINE)
     named = {name for cell in first_cells for name in re.findall(r"\w+", cell) if "_" in name}
-    checker = (SQL / "functions" / "verify.sql").read_text("utf-8")
+    checker = "".join(path.read_text("utf-8") for path in (SQL / "functions").glob("*verify.sql"))
     assert named == set(re.findall(r"(?:\(|SELECT )'([a-z]+_[a-z_]+)', ", checker))
 
 

@@ -31,7 +31,10 @@ from commandbus import (
     HandlerRegistry,
     OutcomeUnknownError,
     PermanentCommandError,
+    Process,
+    Reply,
     RetryPolicy,
+    Send,
     SendRequest,
     SendTimeoutError,
     TransientCommandError,
@@ -204,6 +207,16 @@ async def _blocking_transaction(part: Part, bus: Any) -> None:  # noqa: ANN401 -
             await bus.send_batch([SendRequest(part.domain, "Note", n) for n in (1, 2)], connection=own)
 
 
+async def start_process(part: Part) -> None:
+    """Start a process with an id."""
+
+    async def program(bus: Any) -> None:  # noqa: ANN401 - of either half
+        processes, kind = blocking.kinds(part.mode).Processes(bus), three_steps(part.domain)
+        await _until_known(lambda known: processes.start_process(kind, Course(), process_id=known), part.id(1))
+
+    await _with_bus(part, program)
+
+
 async def cancel(part: Part) -> None:
     """Cancel a command."""
 
@@ -271,7 +284,7 @@ async def migrate(part: Part) -> None:
 
 
 _PEOPLE = {
-    *("send", "send_impatiently", "send_with_id", "send_batch", "send_in_transaction"),
+    *("send", "send_impatiently", "send_with_id", "send_batch", "send_in_transaction", "start_process"),
     *("cancel", "operate", "operate_many", "read", "migrate"),
 }
 
@@ -287,6 +300,7 @@ def work(program: str, part: Part) -> None:
     register = registry.handler(part.domain, "Note", retry=_AT_ONCE, timeout=timeout, transactional=transactional)
     register((_blocking_handler if part.mode == "sync" else _handler)(program, part))
     registry.handler(part.domain, "Follow", retry=_AT_ONCE)(_handler("complete", part))
+    _register_steps(registry, part)
     # All that a handler still does after the fault belongs to the run, also when the command has ended.
     grace = timedelta(seconds=0 if program == "stop" else 30)
     while True:
@@ -294,6 +308,62 @@ def work(program: str, part: Part) -> None:
             return _work(part, registry, grace)
         except DatabaseUnavailableError:
             time.sleep(_AGAIN)
+
+
+@dataclass
+class Course:
+    """The state of the process: the steps that have ended."""
+
+    ended: str = ""
+
+
+def three_steps(domain: str) -> type[Process[Course]]:
+    """A process in this domain: A and B succeed, C is refused, so that B and A are undone."""
+
+    class ThreeSteps(Process[Course], domain=domain):
+        def start(self, state: Course) -> Send:
+            return self._step("A")
+
+        def on_a(self, state: Course, reply: Reply) -> Send:
+            state.ended += "a"
+            return self._step("B")
+
+        def on_b(self, state: Course, reply: Reply) -> Send:
+            state.ended += "b"
+            return self._step("C")
+
+        def _step(self, name: str) -> Send:
+            return Send(domain, name, undo=(domain, f"Undo{name}", None), deadline=timedelta(hours=1))
+
+    return ThreeSteps
+
+
+def _register_steps(registry: HandlerRegistry, part: Part) -> None:
+    """Register the process, and a transactional handler for each of its steps."""
+    registry.register_process(three_steps(part.domain))
+    for name in ("A", "B", "C", "UndoA", "UndoB"):
+        register = registry.handler(part.domain, name, retry=_AT_ONCE, timeout=HANDLER, transactional=True)
+        register((_blocking_step if part.mode == "sync" else _step)(part))
+
+
+def _step(part: Part) -> Callable[[Command, HandlerContext], Awaitable[None]]:
+    async def step(command: Command, context: HandlerContext) -> None:
+        assert context.connection is not None
+        await context.connection.execute(_EFFECT, (part.domain, command.command_id))
+        if command.command_type == "C":
+            raise BusinessRuleError("NO", "not allowed")
+
+    return step
+
+
+def _blocking_step(part: Part) -> Callable[[Command, SyncHandlerContext], None]:
+    def step(command: Command, context: SyncHandlerContext) -> None:
+        assert context.connection is not None
+        context.connection.execute(_EFFECT, (part.domain, command.command_id))
+        if command.command_type == "C":
+            raise BusinessRuleError("NO", "not allowed")
+
+    return step
 
 
 def _work(part: Part, registry: HandlerRegistry, grace: timedelta) -> None:

@@ -25,6 +25,7 @@ from tests.bus.support import fail, lease, one, rows
 from tests.faults import crash_programs
 from tests.faults.crash_points import CallProxy, Fault, Point
 from tests.faults.crash_programs import Part
+from tests.processes.support import Hand
 from tests.support import aeventually
 
 Connection = psycopg.Connection
@@ -51,6 +52,22 @@ def state(db: Connection, domain: str) -> tuple[str, ...]:
         db, "SELECT concat('effect ', count(*)) FROM public.effect WHERE domain = %s GROUP BY command_id", domain
     )
     return tuple(text for (text,) in (*commands, *effects))
+
+
+def course(db: Connection, domain: str) -> tuple[str, ...]:
+    """All that a run must leave the same of a process: its end, its steps, and the effects of each."""
+    found = rows(
+        db,
+        "SELECT concat_ws(' ', status, state, error ->> 'code') FROM commandbus.processes WHERE domain = %s",
+        domain,
+    )
+    steps = rows(
+        db,
+        "SELECT concat_ws(' ', s.kind, s.name, s.status, (SELECT count(*) FROM public.effect e "
+        "WHERE e.command_id = s.command_id)) FROM commandbus.process_steps s WHERE s.domain = %s ORDER BY s.number",
+        domain,
+    )
+    return tuple(text for (text,) in (*found, *steps))
 
 
 def schema(db: Connection, _domain: str) -> tuple[str, ...]:
@@ -116,12 +133,20 @@ def _parked(count: int) -> Callable[[Connection, Part], None]:
     return prepare
 
 
+def _started(db: Connection, part: Part) -> None:
+    Hand(db, kind := crash_programs.three_steps(part.domain)).start(kind, crash_programs.Course())
+
+
 def at_first_version(db: Connection, part: Part) -> None:
     first = migrations()[0]
     db.execute(f"CREATE SCHEMA commandbus; {first.sql}; {first.record}".encode())
 
 
 _DONE = "Note 0 COMPLETED 0 -"
+_ENDED = {
+    name: (("step", f"{status} {effects}"), ("deadline", "CANCELED 0"))
+    for name, status, effects in (("a", "COMPLETED", 1), ("b", "COMPLETED", 1), ("c", "FAILED", 0))
+}
 
 SCENARIOS = {
     "send": Scenario("send", ("Note 1 PENDING - -",), survives_kill=False),
@@ -150,6 +175,21 @@ SCENARIOS = {
     "take over": Scenario("complete", (_DONE,), _expired),
     "transact nothing": Scenario("transact_nothing", (_DONE,), _sent),
     "transact": Scenario("transact", ("Follow 0 COMPLETED 0 -", _DONE, "effect 1"), _sent),
+    "start process": Scenario(
+        "start_process",
+        ('RUNNING {"ended": ""}', "step a OPEN 0", "deadline a OPEN 0"),
+        state=course,
+    ),
+    "process": Scenario(
+        "process",
+        (
+            'COMPENSATED {"ended": "ab"} NO',
+            *(f"{kind} {name} {status}" for name in "abc" for kind, status in _ENDED[name]),
+            *("undo b COMPLETED 1", "undo a COMPLETED 1"),
+        ),
+        _started,
+        state=course,
+    ),
     "complete own": Scenario("complete_own", (_DONE, "effect 1"), _sent),
 }
 

@@ -28,7 +28,7 @@ async def test_a_lease_that_ran_out_is_looked_for_every_sixth_of_a_lease(
         claimer = Claimer(
             bus.database,
             [lane],
-            Finisher(bus.database, Leases("living", LEASE), lambda: None),
+            Finisher(bus.database, Leases("living", LEASE), lambda: None, lambda _: None),
             most=1,
             worker="living",
             lease=LEASE,

@@ -393,6 +393,67 @@ _ALL = (
         (("CASE WHEN v_data IS NOT NULL THEN jsonb_build_object", "CASE WHEN false THEN jsonb_build_object"),),
         'test_budgets.py::test_operator_retry_gives_a_full_budget[{"n": 2}]',
     ),
+    # ---------------------------------------------------------------------------------------------- processes
+    Mutant(
+        "process-unlocked", "a reply does not lock its process", "process.sql",
+        (("t.command_id = p_command_id)\n    FOR UPDATE;", "t.command_id = p_command_id);"),),
+        "test_process.py::test_of_two_replies_the_second_waits_for_the_first",
+    ),
+    Mutant(
+        "process-reply-again", "an outcome is applied each time that it is told", "process.sql",
+        (("t.command_id = p_command_id AND t.status = 'OPEN' RETURNING", "t.command_id = p_command_id RETURNING"),),
+        "test_process.py::test_a_reply_that_comes_again_or_from_nowhere_does_nothing",
+    ),
+    Mutant(
+        "process-undo-forwards", "what completed first is undone first", "process.sql",
+        (("ORDER BY s.applied DESC LIMIT 1", "ORDER BY s.applied LIMIT 1"),),
+        "test_process.py::test_what_completed_last_is_undone_first_one_after_the_other",
+    ),
+    Mutant(
+        "process-undo-unawaited", "undoing does not wait for what is open", "process.sql",
+        (("AND s.status = 'OPEN' AND s.kind IN ('step', 'undo')) THEN", "AND false) THEN"),),
+        "test_process.py::test_the_first_error_compensates_and_later_ones_change_nothing",
+    ),
+    Mutant(
+        "process-undo-nothing", "what was not done is undone", "process.sql",
+        (("CASE WHEN p_status = 'COMPLETED' THEN t.undo", "CASE WHEN true THEN t.undo"),),
+        "test_process.py::test_what_nobody_runs_is_canceled_when_compensation_begins",
+    ),
+    Mutant(
+        "process-running-canceled", "compensation cancels what a worker runs", "process.sql",
+        (("s.command_id, false, p_operator", "s.command_id, true, p_operator"),),
+        "test_process.py::test_the_first_error_compensates_and_later_ones_change_nothing",
+    ),
+    Mutant(
+        "process-failed-undo", "a failed undo is not told", "process.sql",
+        (("AND s.kind = 'undo' AND s.status <> 'COMPLETED') THEN 'FAILED'", "AND false) THEN 'FAILED'"),),
+        "test_process.py::test_an_undo_that_fails_holds_up_no_other[refuse]",
+    ),
+    Mutant(
+        "process-deadline-stays", "the deadline of a step outlives it", "process.sql",
+        (("PERFORM commandbus._stop_timers(p, '{deadline}', 'its step has ended', s.number);", ""),),
+        "test_process.py::test_all_timers_go_with_their_step",
+    ),
+    Mutant(
+        "process-ends-early", "it finishes while a step is open", "process.sql",
+        (("AND s.kind IN ('step', 'wait')) THEN", "AND v_result IS NULL AND s.kind IN ('step', 'wait')) THEN"),),
+        "test_process.py::test_it_finishes_when_no_step_is_open",
+    ),
+    Mutant(
+        "process-waits-for-ever", "a class may say nothing", "process.sql",
+        (("        IF v_result IS NULL THEN", "        IF false THEN"),),
+        "test_process.py::test_what_would_wait_for_ever_is_refused",
+    ),
+    Mutant(
+        "process-reply-stays-lost", "a reply that was canceled is not sent again", "process.sql",
+        (("ELSIF NOT FOUND AND s.finished_at IS NOT NULL THEN", "ELSIF false THEN"),),
+        "test_process.py::test_retry_lets_it_go_on[a canceled reply]",
+    ),
+    Mutant(
+        "process-kept-for-ever", "processes outlive their retention", "process.sql",
+        (("WHERE q.finished_at < p_oldest", "WHERE false"),),
+        "test_process.py::test_finished_processes_leave_when_their_retention_is_over",
+    ),
 )  # fmt: skip
 
 MUTANTS = {mutant.name: mutant for mutant in _ALL}

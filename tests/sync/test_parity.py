@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ from commandbus import (
     CommandStateError,
     HandlerContext,
     HandlerRegistry,
+    Process,
+    Processes,
     ReplyTimeoutError,
     TroubleshootingFilter,
     TroubleshootingQueue,
+    Wait,
     Worker,
 )
-from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncTroubleshootingQueue, SyncWorker
+from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncProcesses, SyncTroubleshootingQueue, SyncWorker
 from commandbus.testing import Harness, SyncHarness, open_clock
 from tests.bus.support import DOMAIN
 from tests.support import eventually
@@ -33,6 +37,7 @@ TWINS: dict[type, type] = {
     CommandBus: SyncCommandBus,
     HandlerContext: SyncHandlerContext,
     Harness: SyncHarness,
+    Processes: SyncProcesses,
     TroubleshootingQueue: SyncTroubleshootingQueue,
     Worker: SyncWorker,
 }
@@ -141,6 +146,20 @@ def methods(cls: type) -> set[str]:
     return {name for name in members(cls) if name not in SPECIAL and callable(getattr(cls, name))}
 
 
+@dataclass
+class Days:
+    """The state of the process below."""
+
+    count: int
+
+
+class Patient(Process[Days], domain=DOMAIN):
+    """Waits."""
+
+    def start(self, state: Days) -> Wait:
+        return Wait(timedelta(days=state.count))
+
+
 def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: str) -> None:
     results: dict[type, dict[str, object]] = {}
     registry = HandlerRegistry()
@@ -173,6 +192,10 @@ def test_nothing_that_is_called_returns_an_awaitable(bus: SyncCommandBus, dsn: s
     results[SyncTroubleshootingQueue] = called(queue, **sample, command_id=receipt.command_id)
     open_clock(dsn)
     results[SyncHarness] = called(SyncHarness(bus, registry), **sample, by=timedelta(0))
+    processes = SyncProcesses(bus)
+    process_id = processes.start_process(Patient, Days(1)).process_id
+    started_again: dict[str, object] = {"process": Patient, "state": Days(1), "process_id": process_id}
+    results[SyncProcesses] = called(processes, **sample, **started_again)
     results[SyncCommandBus] = called(bus, **sample, command=receipt)
     for cls in TWINS.values():
         assert results[cls].keys() == methods(cls)

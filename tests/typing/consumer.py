@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, assert_type
 from uuid import UUID
@@ -17,14 +18,24 @@ from commandbus import (
     AuditEvent,
     Command,
     CommandBus,
+    Compensate,
+    Finish,
     HandlerContext,
     HandlerRegistry,
     Page,
+    Process,
+    Processes,
+    ProcessReceipt,
+    ProcessRecord,
+    ProcessStep,
     Receipt,
+    Reply,
+    Send,
     SendRequest,
     Stat,
     StopReport,
     TroubleshootingQueue,
+    Wait,
     Worker,
 )
 from commandbus.sync import (
@@ -55,6 +66,27 @@ async def credit(command: Command, context: HandlerContext) -> None:
     assert_type(context.connection, psycopg.AsyncConnection[Any] | None)
     assert_type(await context.bus.send("payments", "Next", command.data), Receipt)
     await context.complete_on(context.connection)
+
+
+@dataclass
+class Order:
+    order_id: str
+
+
+class Fulfilment(Process[Order], domain="orders", version=2, deadline=timedelta(days=1)):
+    def start(self, state: Order) -> Send:
+        return Send("stock", "Reserve", state.order_id, undo=("stock", "Release", None))
+
+    def on_reserve(self, state: Order, reply: Reply) -> Compensate | list[Send | Wait] | None:
+        if reply.failed:
+            return Compensate(reply.error)
+        return None if self.open else [Send("mail", "Confirm"), Wait(timedelta(days=1), "rest")]
+
+    def on_rest(self, state: Order, reply: Reply) -> Finish:
+        return Finish({"order": str(self.process_id)})
+
+
+registry.register_process(Fulfilment)
 
 
 @contextmanager
@@ -92,6 +124,11 @@ async def asynchronous(receipt: Receipt) -> None:
         assert_type(await bus.send("payments", "Debit", {}), Receipt)
         assert_type(await TroubleshootingQueue(bus).count_troubleshooting(), int)
         assert_type(await Worker(bus, "payments", registry).run(), StopReport)
+        started = await Processes(bus).start_process(Fulfilment, Order("1"))
+        assert_type(started, ProcessReceipt)
+        assert_type(await Processes(bus).get_process("orders", started.process_id), ProcessRecord)
+        assert_type(await Processes(bus).get_timeline("orders", started.process_id), list[ProcessStep])
+        await Processes(bus).start_process(Fulfilment, 5)  # type: ignore[misc]
         SyncTroubleshootingQueue(bus)  # type: ignore[arg-type]
         assert_type(SyncCommandBus(bus).count(), int)
 

@@ -27,7 +27,7 @@ class Round:
 
     def __init__(self, bus: CommandBus, free: int) -> None:
         self.leases = Leases("tester", HOUR)
-        self.finisher = Finisher(bus.database, self.leases, lambda: None)
+        self.finisher = Finisher(bus.database, self.leases, lambda: None, lambda _: None)
         self.lane = Lane(DOMAIN, ["Debit"], lambda: free)
         self.claimed: list[Claimed] = []
         self.claimer = Claimer(

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from commandbus._limits import text_problem
-from commandbus.cli import batches, commands, desk, doctor, edit, parked, processes, terminal, verbs, verify
+from commandbus.cli import batches, commands, desk, doctor, edit, parked, process, processes, terminal, verbs, verify
 from commandbus.cli.database import StoppedError
 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -39,6 +39,11 @@ _batch = typer.Typer(
     help="Commands that are counted together: how far they are, and what to do with them.", epilog=_EXIT_CODES
 )
 _app.add_typer(_batch, name="batch")
+
+_process = typer.Typer(
+    help="The process managers: what they wait for, and what an operator can do.", epilog=_EXIT_CODES
+)
+_app.add_typer(_process, name="process")
 
 _top: dict[str, Callable[..., object]] = {
     "migrate": processes.migrate,
@@ -69,7 +74,20 @@ _of_batches: dict[str, Callable[..., object]] = {
     "cancel": batches.cancel,
     "retry": batches.retry,
 }
-for _group, _subcommands in ((_app, _top), (_troubleshooting, _below), (_batch, _of_batches)):
+_of_processes: dict[str, Callable[..., object]] = {
+    "list": process.list_processes,
+    "show": process.show,
+    "timeline": process.timeline,
+    "retry": process.retry,
+    "cancel": process.cancel,
+    "resume": process.resume,
+}
+for _group, _subcommands in (
+    (_app, _top),
+    (_troubleshooting, _below),
+    (_batch, _of_batches),
+    (_process, _of_processes),
+):
     for _name, _subcommand in _subcommands.items():
         _group.command(_name, epilog=_EXIT_CODES)(_subcommand)
 

@@ -53,6 +53,7 @@ BEGIN
             ('batch_commands',       'operator, reader'),
             ('cancel_bulk_v1',       'sender, operator'),
             ('wake_v1',              'sender, worker, operator'),  -- a worker pings itself by it
+            ('start_process_v1',     'sender'),
             ('cancel_v1',            'sender, operator'),  -- who sent a command and kept its id may withdraw it
             ('claim_v1',             'worker'),
             ('work_v1',              'worker'),
@@ -63,6 +64,11 @@ BEGIN
             ('announce_v1',          'worker'),
             ('leave_v1',             'worker'),
             ('drop_expired_v1',      'worker'),
+            ('take_reply_v1',        'worker'),
+            ('advance_process_v1',   'worker'),  -- sends the steps that follow
+            ('retry_process_v1',     'operator'),
+            ('cancel_process_v1',    'operator'),
+            ('resume_process_v1',    'operator'),
             ('operator_retry_v1',    'operator'),
             ('operator_cancel_v1',   'operator'),
             ('operator_complete_v1', 'operator'),
@@ -74,6 +80,8 @@ BEGIN
             ('troubleshooting',      'operator, reader'),
             ('audit_trail',          'operator, reader'),
             ('workers',              'operator, reader'),
+            ('processes',            'operator, reader'),
+            ('process_steps',        'operator, reader'),
             ('clock',                'operator, reader'),  -- this and the next: called by views, as their reader
             ('_fingerprint',         'operator, reader'),
             ('stats',                'operator, reader')

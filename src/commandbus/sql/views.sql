@@ -60,6 +60,29 @@ SELECT w.domain, w.worker, w.command_types, w.concurrency, w.started_at, w.seen_
        w.seen_at > commandbus.clock() - interval '30 s' AS alive
 FROM commandbus.worker w;
 
+-- Every command that a process has sent, with what has become of it: command_status is that of the command itself,
+-- which may be parked, or finished while its reply is still on its way. LATERAL pins one probe of each index a step.
+CREATE OR REPLACE VIEW commandbus.process_steps AS
+SELECT s.domain, s.process_id, s.number, s.kind, s.name, s.of_number, s.status, s.command_domain, s.command_id,
+       coalesce(c.command_type, h.command_type) AS command_type, coalesce(c.status, h.status) AS command_status,
+       s.sent_at, c.due_at, c.parked_at, s.ended_at, coalesce(s.error, c.error) AS error, h.result
+FROM commandbus.process_step s
+LEFT JOIN commandbus.command c ON c.domain = s.command_domain AND c.command_id = s.command_id
+LEFT JOIN LATERAL (SELECT f.* FROM commandbus.command_history f
+                   WHERE f.domain = s.command_domain AND f.command_id = s.command_id LIMIT 1) h ON true;
+
+-- The processes that are kept. parked: how many of the commands that it waits for are in the troubleshooting queue.
+CREATE OR REPLACE VIEW commandbus.processes AS
+SELECT p.domain, p.process_id, p.process_type, p.status, p.state, p.state_version, p.result, p.error, p.deadline,
+       p.started_at, p.updated_at, p.finished_at, o.open, o.parked
+FROM commandbus.process p
+CROSS JOIN LATERAL (
+    SELECT coalesce(array_agg(s.name ORDER BY s.number) FILTER (WHERE s.kind <> 'deadline'), '{}') AS open,
+           count(c.parked_at) AS parked
+    FROM commandbus.process_step s
+    LEFT JOIN commandbus.command c ON c.domain = s.command_domain AND c.command_id = s.command_id
+    WHERE s.domain = p.domain AND s.process_id = p.process_id AND s.status = 'OPEN') o;
+
 -- Everything that happened to a command, in order of step. SENT, CLAIMED and the ending on the happy path stand in
 -- the command's own row and are told from it; the rest are rows of their own.
 -- NOT MATERIALIZED: what is named twice would be read whole first, all that is kept, for the trail of one

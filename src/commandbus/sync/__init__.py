@@ -6,6 +6,7 @@ The same names, parameters, defaults, results and errors as the async half, on t
 from commandbus.sync.bus import SyncCommandBus
 from commandbus.sync.defaults import configure
 from commandbus.sync.middleware import django_connections, scoped_session
+from commandbus.sync.processes import SyncProcesses
 from commandbus.sync.runtime import SyncRuntime
 from commandbus.sync.troubleshooting import SyncTroubleshootingQueue
 from commandbus.sync.worker import SyncHandlerContext, SyncWorker
@@ -13,6 +14,7 @@ from commandbus.sync.worker import SyncHandlerContext, SyncWorker
 __all__ = [
     "SyncCommandBus",
     "SyncHandlerContext",
+    "SyncProcesses",
     "SyncRuntime",
     "SyncTroubleshootingQueue",
     "SyncWorker",

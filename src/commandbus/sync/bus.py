@@ -18,7 +18,7 @@ from commandbus._calls import Outgoing
 from commandbus._chunks import receipt
 from commandbus._connections import Work, run_on
 from commandbus._send_buffer import Parcel
-from commandbus.bus import CommandBus, key_of
+from commandbus.bus import CommandBus
 from commandbus.errors import ClosedError, CommandBusError, WrongLoopError
 from commandbus.model import (
     AuditEvent,
@@ -34,6 +34,7 @@ from commandbus.model import (
     Violation,
     Waiting,
 )
+from commandbus.reading import key_of
 from commandbus.sync.batches import SyncBatches
 from commandbus.sync.call import SETTLE_SECONDS, Call, wait
 from commandbus.sync.defaults import default_runtime

@@ -43,10 +43,17 @@ class Finisher:
     for both.
     """
 
-    def __init__(self, database: Database, leases: Leases, freed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        leases: Leases,
+        freed: Callable[[], None],
+        wake: Callable[[frozenset[str]], None],
+    ) -> None:
         self._database = database
         self._leases = leases
         self._freed = freed
+        self._wake = wake
         self._waiting: list[Outcome] = []
         self._to_carry: defaultdict[str, list[Outcome]] = defaultdict(list)  # by domain
         self._carried = False
@@ -182,6 +189,8 @@ class Finisher:
 
     def _let_go(self, leases: list[Lease]) -> None:
         self._leases.remove(leases)
+        if wakes := [lease.wakes for lease in leases if lease.wakes]:
+            self._wake(frozenset().union(*wakes))
         if self._closing:
             self._arrived.set()
 

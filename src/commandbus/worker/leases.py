@@ -14,11 +14,24 @@ from commandbus import _calls
 from commandbus._calls import Claimed
 from commandbus.handlers import Handler
 
+_NONE: frozenset[str] = frozenset()
+
 
 class Lease:
     """One command under lease. `deadline` is when this process stops trusting it, by its monotonic clock."""
 
-    __slots__ = ("cancelled", "charged", "claimed", "completing", "deadline", "handler", "held", "lost", "task")
+    __slots__ = (
+        "cancelled",
+        "charged",
+        "claimed",
+        "completing",
+        "deadline",
+        "handler",
+        "held",
+        "lost",
+        "task",
+        "wakes",
+    )
 
     def __init__(self, claimed: Claimed, handler: Handler, deadline: float) -> None:
         self.claimed = claimed
@@ -29,6 +42,8 @@ class Lease:
         self.lost = False
         self.charged = False  # what fails in its transaction is the handler's doing, not a statement of the library's
         self.completing = False  # the completion stands in a transaction that may commit
+        # The domains to which commands have gone when this is over: the reply, and what its transaction has sent.
+        self.wakes = _NONE if (to := claimed.reply_to) is None or to.startswith("?") else frozenset([to])
         self.cancelled = False  # the handler's outcome can no longer be recorded; any thread may say so
 
     def wait(self, seconds: float) -> bool:

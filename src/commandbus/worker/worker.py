@@ -145,7 +145,8 @@ class Worker:
     # -- composing -----------------------------------------------------------------------------------------------------
 
     def _compose(self, database: Database, transactions: Database | None) -> None:
-        self._finisher = Finisher(database, self._leases, self._freed)
+        wake = partial(self._bus._wake_soon, committed=True)  # noqa: SLF001 - as any part of the library does
+        self._finisher = Finisher(database, self._leases, self._freed, wake)
         self._runner = Runner(
             worker=self.name,
             bus=self._bus,

@@ -61,7 +61,8 @@ BEGIN
     END LOOP;
 END $$;
 
--- drop_expired_v1: drops the weeks that ended before the retention began; a row for each. Batches too, some a call.
+-- drop_expired_v1: drops the weeks that ended before the retention began; a row for each. Batches and processes leave by
+-- rows, some a call.
 -- Locks: ACCESS EXCLUSIVE on the two parents and the week, waited for at most 50 ms (behind a longer wait, sends
 -- elsewhere waited 1.8 s). Who holds it instead is told in blocked_by (process ids), and the week stays: call again.
 CREATE OR REPLACE FUNCTION commandbus.drop_expired_v1() RETURNS TABLE (week text, blocked_by integer[])
@@ -93,4 +94,5 @@ BEGIN
         END;
         RETURN NEXT;
     END LOOP;
+    PERFORM commandbus._drop_processes(v_oldest);
 END $$;

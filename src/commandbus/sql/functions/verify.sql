@@ -293,6 +293,10 @@ LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET j
     UNION ALL
     SELECT * FROM commandbus._verify_batches()
     UNION ALL
+    SELECT * FROM commandbus._verify_processes()
+    UNION ALL
+    SELECT * FROM commandbus._verify_steps()
+    UNION ALL
     SELECT 'kept_twice', c.domain, c.command_id, format('it is kept %s times', count(*))
     FROM commandbus._kept() c GROUP BY c.domain, c.command_id HAVING count(*) > 1
     UNION ALL

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from commandbus._calls import Answers, Call, Parked, Row
+from commandbus._calls import Answers, Call, Row
+from commandbus._desk_calls import Parked
 from commandbus._queries import COMMANDS, Source, conditions, page
 from commandbus.errors import BatchNotFoundError
 from commandbus.model import Batch, Command, CommandStatus, Page, Receipt

@@ -9,9 +9,10 @@ from itertools import islice
 from math import inf
 from typing import Protocol, TypeAlias
 
-from commandbus import _queries
-from commandbus._calls import Answers, Call, Parked
+from commandbus import _desk_calls, _queries
+from commandbus._calls import Answers, Call
 from commandbus._database import Database
+from commandbus._desk_calls import Parked
 from commandbus._failures import is_connection_lost, refusals_of
 from commandbus.errors import InvalidCommandError
 from commandbus.model import BulkResult, TroubleshootingFilter
@@ -39,9 +40,9 @@ class _Bus(Protocol):
 async def parked(database: Database, which: TroubleshootingFilter) -> list[Parked]:
     """Return what the filter finds by now, the longest parked first."""
     until = await database.repeat(_queries.clock())
-    found, end = await database.repeat(_queries.parked_page(which, until, None), LONG_SECONDS, long=True)
+    found, end = await database.repeat(_desk_calls.parked_page(which, until, None), LONG_SECONDS, long=True)
     while end is not None:
-        page, end = await database.repeat(_queries.parked_page(which, until, end), LONG_SECONDS, long=True)
+        page, end = await database.repeat(_desk_calls.parked_page(which, until, end), LONG_SECONDS, long=True)
         found += page
     return found
 

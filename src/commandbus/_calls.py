@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 from uuid import UUID
 
-from commandbus._limits import MAX_BYTES, MAX_CORRELATION_ID, MAX_HEADER_BYTES, encode, shown, text_problem
+from commandbus._limits import MAX_BYTES, MAX_CORRELATION_ID, MAX_HEADER_BYTES, encode, shown
 from commandbus.errors import InvalidCommandError
 from commandbus.model import Command, CommandStatus, SendRequest
 
@@ -309,62 +309,6 @@ def stop_after(seconds: float) -> Call[None]:
 def pause(seconds: float) -> Call[None]:
     """Wait on the connection, whatever its colour."""
     return Call("SELECT pg_sleep(%s)", (seconds,), lambda _: None)
-
-
-# -- people ------------------------------------------------------------------------------------------------------------
-
-
-def cancel(domain: str, command_id: UUID, operator: str | None, reason: str | None) -> Call[None]:
-    """End any unfinished command."""
-    return _act("cancel_v1", domain, command_id, operator, reason)
-
-
-def operator_retry(domain: str, command_id: UUID, operator: str, reason: str | None, data: str | None) -> Call[None]:
-    """Put a parked command back, perhaps with new data (JSON text)."""
-    return _act("operator_retry_v1", domain, command_id, operator, reason, data)
-
-
-def operator_cancel(domain: str, command_id: UUID, operator: str, reason: str) -> Call[None]:
-    """End a parked command as CANCELED."""
-    return _act("operator_cancel_v1", domain, command_id, operator, reason)
-
-
-def operator_complete(domain: str, command_id: UUID, operator: str, reason: str, result: str | None) -> Call[None]:
-    """End a parked command as COMPLETED with this result (JSON text)."""
-    return _act("operator_complete_v1", domain, command_id, operator, reason, result)
-
-
-def _act(
-    name: str, domain: str, command_id: UUID, operator: str | None, reason: str | None, *more: str | None
-) -> Call[None]:
-    _check_words(f"command {command_id}: ", operator, reason)
-    params = (domain, command_id, operator, reason, *more)
-    return Call(f"SELECT commandbus.{name}({', '.join('%s' for _ in params)})", params, lambda _: None)
-
-
-def _check_words(what: str, operator: object, reason: object) -> None:
-    for field, text in (("operator", operator), ("reason", reason)):
-        if text is not None and not isinstance(text, str):
-            raise InvalidCommandError(f"{what}{field} must be a string")
-        if text is not None and (problem := text_problem(text)) is not None:
-            raise InvalidCommandError(f"{what}{field} {problem}")
-
-
-Parked: TypeAlias = tuple[UUID, int]
-"""A parked command as it was seen: its id, and its delivery, which is higher once it is parked anew."""
-
-
-def operator_bulk(
-    domain: str, verb: str, items: Sequence[Parked], *, operator: str, reason: str | None, value: str | None
-) -> Call[Answers]:
-    """Retry, replace, cancel or complete these; see `operator_bulk_v1`. Returns the outcome of each."""
-    _check_words("", operator, reason)
-    text = ",".join(f'{{"command_id":"{command_id}","delivery":{delivery}}}' for command_id, delivery in items)
-    return Call(
-        "SELECT command_id, outcome FROM commandbus.operator_bulk_v1(%s, %s, %s, %s, %s, %s)",
-        (domain, verb, f"[{text}]", operator, reason, value),
-        lambda rows: dict(rows),  # noqa: PLW0108 - `dict` alone has too many types
-    )
 
 
 # -- the list of workers ---------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import json
 from typing import NamedTuple
 from uuid import UUID
 
-from commandbus._calls import Call, Row, _check_words
+from commandbus._calls import Call, Row
+from commandbus._desk_calls import check_words
 from commandbus._limits import encode
-from commandbus._queries import MAX_LIMIT, _read_cursor, _where, _write_cursor, json_of
+from commandbus._queries import MAX_LIMIT, json_of, read_cursor, where_clause, write_cursor
 from commandbus.errors import InvalidCommandError
 from commandbus.model import CommandStatus, Error, Page, Reply
 from commandbus.process_model import ProcessRecord, ProcessStatus, ProcessStep
@@ -54,7 +55,7 @@ def advance(domain: str, taken: Taken, state: str, version: int, then: str) -> C
 
 def cancel(domain: str, process_id: UUID, operator: str, reason: str) -> Call[None]:
     """Compensate what a process has done, and end it."""
-    _check_words(f"process {process_id}: ", operator, reason)
+    check_words(f"process {process_id}: ", operator, reason)
     return Call(
         "SELECT commandbus.cancel_process_v1(%s, %s, %s, %s)", (domain, process_id, operator, reason), lambda _: None
     )
@@ -62,7 +63,7 @@ def cancel(domain: str, process_id: UUID, operator: str, reason: str) -> Call[No
 
 def resume(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[tuple[str, ...]]:
     """End the waits of a process; returns their names."""
-    _check_words(f"process {process_id}: ", operator, reason)
+    check_words(f"process {process_id}: ", operator, reason)
     return Call(
         "SELECT commandbus.resume_process_v1(%s, %s, %s, %s)",
         (domain, process_id, operator, reason),
@@ -72,7 +73,7 @@ def resume(domain: str, process_id: UUID, operator: str, reason: str | None) -> 
 
 def retry(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[int]:
     """Put back what of a process is parked; returns how many commands."""
-    _check_words(f"process {process_id}: ", operator, reason)
+    check_words(f"process {process_id}: ", operator, reason)
     return Call(
         "SELECT commandbus.retry_process_v1(%s, %s, %s, %s)",
         (domain, process_id, operator, reason),
@@ -120,14 +121,14 @@ def query(
     params: list[object] = [value for _, value in given if value is not None]
     if cursor is not None:
         where.append("(domain, process_id) < (%s, %s)")
-        params += _read_cursor(cursor, str)
+        params += read_cursor(cursor, str)
 
     def page(rows: list[Row]) -> Page[ProcessRecord]:
         items = tuple(map(_record, rows[:limit]))
         more = len(rows) > limit
-        return Page(items, _write_cursor((items[-1].domain, items[-1].process_id)) if more else None)
+        return Page(items, write_cursor((items[-1].domain, items[-1].process_id)) if more else None)
 
-    sql = f"SELECT {_COLUMNS} FROM commandbus.processes{_where(where)}"
+    sql = f"SELECT {_COLUMNS} FROM commandbus.processes{where_clause(where)}"
     return Call(f"{sql} ORDER BY domain DESC, process_id DESC LIMIT {limit + 1}", tuple(params), page)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
-from commandbus._calls import MAX_DELAY, Call, Parked, Row
+from commandbus._calls import MAX_DELAY, Call, Row
 from commandbus.errors import InvalidCommandError
 from commandbus.model import (
     AuditEvent,
@@ -21,8 +21,6 @@ from commandbus.model import (
     Page,
     Reply,
     Stat,
-    TroubleshootingFilter,
-    TroubleshootingGroup,
     Violation,
     Waiting,
     WaitingReason,
@@ -31,7 +29,6 @@ from commandbus.model import (
 T = TypeVar("T")
 
 MAX_LIMIT = 1000
-_PARKED_PAGE = 5000
 
 _COLUMNS = (
     "domain, command_id, command_type, status, data::text, headers::text, correlation_id, reply_to, priority, "
@@ -130,103 +127,10 @@ def query_commands(
     """Newest first within a domain, by id; ids that the library made grow with time."""
     where, params = conditions(domain, status, command_type)
     if since is not None:
-        _check_age("since", since)
+        check_age("since", since)
         where.append("sent_at >= clock_timestamp() - %s")
         params.append(since)
     return page(COMMANDS, where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
-
-
-def list_troubleshooting(which: TroubleshootingFilter, *, limit: int, cursor: str | None) -> Call[Page[Command]]:
-    """Parked commands, the longest parked first."""
-    where, params = _parked(which)
-    read = datetime.fromisoformat
-    parked = replace(COMMANDS, view="troubleshooting")
-    return page(parked, where, params, by="parked_at", read=read, limit=limit, cursor=cursor)
-
-
-def groups(which: TroubleshootingFilter) -> Call[list[TroubleshootingGroup]]:
-    """Parked commands by type and kind of failure, the largest group first."""
-    where, params = _parked(which)
-
-    def read(row: Row) -> TroubleshootingGroup:
-        fields = list(row)
-        fields[7] = tuple(row[7])
-        return TroubleshootingGroup(*fields)
-
-    grouped = (
-        "SELECT domain, command_type, coalesce(error ->> 'code', '') AS code, fingerprint, count(*) AS count, "
-        "min(parked_at) AS oldest, max(parked_at) AS newest, "
-        "(array_agg(command_id ORDER BY parked_at, command_id))[1:3] AS ids "
-        f"FROM commandbus.troubleshooting{_where(where)} GROUP BY 1, 2, 3, 4"
-    )
-    return Call(
-        f"SELECT g.*, coalesce(left(t.error ->> 'message', 300), '') FROM ({grouped}) g CROSS JOIN LATERAL ("
-        "SELECT error FROM commandbus.troubleshooting WHERE domain = g.domain AND command_id = g.ids[1] LIMIT 1) t "
-        "ORDER BY g.count DESC, g.command_type, g.code, g.fingerprint",
-        tuple(params),
-        lambda rows: [read(row) for row in rows],
-    )
-
-
-def fingerprint(domain: str, command_id: UUID) -> Call[str | None]:
-    """Return the fingerprint of a parked command, None if it is not parked."""
-    return Call(
-        "SELECT fingerprint FROM commandbus.troubleshooting WHERE domain = %s AND command_id = %s LIMIT 1",
-        (domain, command_id),
-        lambda rows: str(rows[0][0]) if rows else None,
-    )
-
-
-Seen: TypeAlias = tuple[int, str]
-"""A parked command before an edit: its delivery, and its data as `pretty` shows them."""
-
-
-def parked_data(domain: str, command_id: UUID) -> Call[Seen | None]:
-    """Read what is to be edited, None if the command is not parked."""
-    return Call(
-        "SELECT delivery, jsonb_pretty(data) FROM commandbus.troubleshooting "
-        "WHERE domain = %s AND command_id = %s LIMIT 1",
-        (domain, command_id),
-        lambda rows: (rows[0][0], rows[0][1]) if rows else None,
-    )
-
-
-def pretty(text: str) -> Call[str]:
-    """Write JSON text as PostgreSQL does, which keeps the digits of numbers."""
-    return Call("SELECT jsonb_pretty(%s::jsonb)", (text,), lambda rows: str(rows[0][0]))
-
-
-def edited(domain: str, command_id: UUID, delivery: int) -> Call[tuple[str, str]]:
-    """Read the old and the new data of the edit that followed this delivery."""
-    return Call(
-        "SELECT jsonb_pretty(details -> 'old_data'), jsonb_pretty(details -> 'new_data') FROM commandbus.audit_trail "
-        "WHERE domain = %s AND command_id = %s AND event = 'OPERATOR_RETRIED' AND delivery = %s",
-        (domain, command_id, delivery),
-        lambda rows: (rows[0][0], rows[0][1]),
-    )
-
-
-PageEnd: TypeAlias = tuple[datetime, UUID]
-"""Where a page of parked commands ends."""
-
-
-def parked_page(
-    which: TroubleshootingFilter, until: datetime, after: PageEnd | None
-) -> Call[tuple[list[Parked], PageEnd | None]]:
-    """A page of what was parked up to this moment, the longest parked first, and its end, None for the last page."""
-    where, params = _parked(which, until)
-    if after is not None:
-        where.append("(parked_at, command_id) > (%s, %s)")
-        params += after
-    return Call(
-        f"SELECT command_id, delivery, parked_at FROM commandbus.troubleshooting{_where(where)} "
-        f"ORDER BY parked_at, command_id LIMIT {_PARKED_PAGE}",
-        tuple(params),
-        lambda rows: (
-            [(row[0], row[1]) for row in rows],
-            (rows[-1][2], rows[-1][0]) if len(rows) == _PARKED_PAGE else None,
-        ),
-    )
 
 
 def clock() -> Call[datetime]:
@@ -238,7 +142,7 @@ def count(domain: str | None, status: CommandStatus | None, command_type: str | 
     """Count commands, finished ones included."""
     where, params = conditions(domain, status, command_type)
     return Call(
-        f"SELECT count(*) FROM commandbus.commands{_where(where)}",
+        f"SELECT count(*) FROM commandbus.commands{where_clause(where)}",
         tuple(params),
         lambda rows: int(rows[0][0]),
     )
@@ -249,7 +153,7 @@ def stats(domain: str | None) -> Call[list[Stat]]:
     where, params = conditions(domain)
     return Call(
         "SELECT domain, command_type, status, count, oldest_sent_at FROM commandbus.stats"
-        f"{_where(where)} ORDER BY 1, 2, 3",
+        f"{where_clause(where)} ORDER BY 1, 2, 3",
         tuple(params),
         lambda rows: [Stat(row[0], row[1], CommandStatus(row[2]), row[3], row[4]) for row in rows],
     )
@@ -317,7 +221,7 @@ def workers(domain: str | None) -> Call[list[dict[str, Json]]]:
     columns = ("domain", "worker", "command_types", "concurrency", "started_at", "seen_at", "alive")
     where, params = conditions(domain)
     return Call(
-        f"SELECT {', '.join(columns)} FROM commandbus.workers{_where(where)} ORDER BY domain, started_at, worker",
+        f"SELECT {', '.join(columns)} FROM commandbus.workers{where_clause(where)} ORDER BY domain, started_at, worker",
         tuple(params),
         lambda rows: [dict(zip(columns, row, strict=True)) for row in rows],
     )
@@ -353,31 +257,14 @@ def conditions(
     return [f"{column} = %s" for column in chosen], list(chosen.values())
 
 
-def _parked(which: TroubleshootingFilter, until: datetime | None = None) -> tuple[list[str], list[object]]:
-    """Return the conditions of a filter; with `until`, `parked_for` counts back from there, otherwise from now."""
-    where, params = conditions(which.domain, command_type=which.command_type)
-    exact = {"error ->> 'code'": which.error_code, "fingerprint": which.fingerprint, "batch_id": which.batch_id}
-    for column, value in exact.items():
-        if value is not None:
-            where.append(f"{column} = %s")
-            params.append(value)
-    if until is not None or which.parked_for is not None:
-        where.append("parked_at <= coalesce(%s, (SELECT commandbus.clock())) - %s")
-        age = which.parked_for or timedelta(0)
-        _check_age("parked_for", age)
-        params += [until, age]
-    if which.text is not None:
-        where.append("strpos(lower(concat_ws(E'\\n', error ->> 'message', data::text)), lower(%s)) > 0")
-        params.append(which.text)
-    return where, params
-
-
-def _check_age(name: str, age: timedelta) -> None:
+def check_age(name: str, age: timedelta) -> None:
+    """Raise `InvalidCommandError` for an age that is out of bounds."""
     if not timedelta(0) <= age <= MAX_DELAY:
         raise InvalidCommandError(f"{name} is {age}: it must be 0 to {MAX_DELAY.days} days")
 
 
-def _where(conditions: list[str]) -> str:
+def where_clause(conditions: list[str]) -> str:
+    """Return the WHERE clause of these conditions."""
     return f" WHERE {' AND '.join(conditions)}" if conditions else ""
 
 
@@ -398,22 +285,24 @@ def page(
     comparison, direction = ("<", " DESC") if backwards else (">", "")
     if cursor is not None:
         where.append(f"({by}, {source.key}) {comparison} (%s, %s)")
-        params += _read_cursor(cursor, read)
+        params += read_cursor(cursor, read)
 
     def read_page(rows: list[Row]) -> Page[T]:
         items = tuple(source.read(row[:-2]) for row in rows[:limit])
-        return Page(items, _write_cursor(rows[limit - 1][-2:]) if len(rows) > limit else None)
+        return Page(items, write_cursor(rows[limit - 1][-2:]) if len(rows) > limit else None)
 
     order = f"{by}{direction}, {source.key}{direction}"
-    sql = f"SELECT {source.columns}, {by}, {source.key} FROM commandbus.{source.view}{_where(where)} ORDER BY {order} "
-    return Call(f"{sql}LIMIT {limit + 1}", tuple(params), read_page)
+    sql = f"SELECT {source.columns}, {by}, {source.key} FROM commandbus.{source.view}{where_clause(where)}"
+    return Call(f"{sql} ORDER BY {order} LIMIT {limit + 1}", tuple(params), read_page)
 
 
-def _write_cursor(key: Row) -> str:
+def write_cursor(key: Row) -> str:
+    """Return the cursor that leads behind this key."""
     return base64.urlsafe_b64encode(json.dumps(key, default=str).encode()).decode()
 
 
-def _read_cursor(cursor: str, read: Callable[[str], object]) -> list[object]:
+def read_cursor(cursor: str, read: Callable[[str], object]) -> list[object]:
+    """Return the key that a cursor leads behind. Raises `InvalidCommandError`."""
     try:
         first, second = json.loads(base64.urlsafe_b64decode(cursor.encode()))
         return [read(first), UUID(second)]

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import psycopg
 
-from commandbus import _batch_calls, _calls
+from commandbus import _batch_calls, _desk_calls
 from commandbus._bulk import LONG_SECONDS, Bulk, Pace, parked
 from commandbus._calls import Outgoing
 from commandbus._chunks import chunks
@@ -188,7 +188,7 @@ class Batches:
         """
         await self.get_batch(domain, batch_id)
         items = await parked(self.database, TroubleshootingFilter(domain, batch_id=batch_id))
-        act = partial(_calls.operator_bulk, domain, "retry", operator=operator, reason=reason, value=None)
+        act = partial(_desk_calls.operator_bulk, domain, "retry", operator=operator, reason=reason, value=None)
         return await Bulk(self, act, Pace(None), None, wake=domain).run(items)
 
     # -- what they are made of -----------------------------------------------------------------------------------------

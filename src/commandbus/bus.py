@@ -13,7 +13,7 @@ from uuid import UUID
 
 import psycopg
 
-from commandbus import _calls, _queries
+from commandbus import _calls, _desk_calls, _queries
 from commandbus._calls import Outgoing
 from commandbus._chunks import chunks, receipt, sending, settle
 from commandbus._connections import Work, arun_on
@@ -343,7 +343,7 @@ class CommandBus(Reading, Batches):
         Raises `CommandNotFoundError`, or `CommandStateError` when it is finished already.
         """  # noqa: D205
         domain, command_id = key_of(command, command_id)
-        await self.database.run(_calls.cancel(domain, command_id, operator, reason))
+        await self.database.run(_desk_calls.cancel(domain, command_id, operator, reason))
 
     async def _check_schema(self) -> None:
         try:

@@ -6,9 +6,9 @@ from datetime import timedelta
 from functools import partial
 from uuid import UUID
 
-from commandbus import _calls, _queries
+from commandbus import _desk_calls, _queries
 from commandbus._bulk import LONG_SECONDS, Bulk, OnProgress, Pace, parked
-from commandbus._calls import Parked
+from commandbus._desk_calls import Parked
 from commandbus._failures import refusals_of
 from commandbus._limits import encode
 from commandbus.bus import CommandBus
@@ -69,7 +69,7 @@ class TroubleshootingQueue:
             parked_for=parked_for,
             text=text,
         )
-        return await self._bus.database.repeat(_queries.list_troubleshooting(which, limit=limit, cursor=cursor))
+        return await self._bus.database.repeat(_desk_calls.list_troubleshooting(which, limit=limit, cursor=cursor))
 
     async def count_troubleshooting(self, domain: str | None = None, *, command_type: str | None = None) -> int:
         """Count the parked commands, of one domain or of all."""
@@ -99,7 +99,7 @@ class TroubleshootingQueue:
 
     async def preview(self, which: TroubleshootingFilter) -> BulkPreview:
         """Tell what an action over this filter would act on, and change nothing."""
-        groups = await self._bus.database.repeat(_queries.groups(which), LONG_SECONDS, long=True)
+        groups = await self._bus.database.repeat(_desk_calls.groups(which), LONG_SECONDS, long=True)
         return BulkPreview(
             sum(group.count for group in groups),
             min((group.oldest_parked_at for group in groups), default=None),
@@ -118,12 +118,12 @@ class TroubleshootingQueue:
         """
         text = None if data is None else encode(data, f"command {command_id}: data", self._bus.max_data_bytes)
         with refusals_of(f"command {command_id}"):
-            await self._bus.database.run(_calls.operator_retry(domain, command_id, operator, reason, text))
+            await self._bus.database.run(_desk_calls.operator_retry(domain, command_id, operator, reason, text))
         await self._bus.wake(domain)
 
     async def operator_cancel(self, domain: str, command_id: UUID, *, operator: str, reason: str) -> None:
         """Give it up: `IN_TROUBLESHOOTING_QUEUE -> CANCELED`."""
-        await self._bus.database.run(_calls.operator_cancel(domain, command_id, operator, reason))
+        await self._bus.database.run(_desk_calls.operator_cancel(domain, command_id, operator, reason))
 
     async def operator_complete(
         self, domain: str, command_id: UUID, *, result_data: Json = None, operator: str, reason: str
@@ -131,7 +131,7 @@ class TroubleshootingQueue:
         """Note that the work was done by hand: `IN_TROUBLESHOOTING_QUEUE -> COMPLETED`, with this result."""
         text = None if result_data is None else encode(result_data, f"command {command_id}: result_data")
         with refusals_of(f"command {command_id}"):
-            await self._bus.database.run(_calls.operator_complete(domain, command_id, operator, reason, text))
+            await self._bus.database.run(_desk_calls.operator_complete(domain, command_id, operator, reason, text))
 
     # -- acting on many ------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class TroubleshootingQueue:
         One whose data would break a limit then is left alone, and counted as `refused`.
         """
         text = None if patch is None else encode(patch, "patch")
-        act = partial(_calls.operator_bulk, which.domain, "retry", operator=operator, reason=reason, value=text)
+        act = partial(_desk_calls.operator_bulk, which.domain, "retry", operator=operator, reason=reason, value=text)
         pace = Pace(per_second, 0 if patch is None else self._bus.max_data_bytes)
         bulk = Bulk(self._bus, act, pace, on_progress, wake=which.domain)
         return await bulk.run(await self._fix(which, expected_count))
@@ -168,7 +168,7 @@ class TroubleshootingQueue:
         on_progress: OnProgress | None = None,
     ) -> BulkResult:
         """Give them up: `IN_TROUBLESHOOTING_QUEUE -> CANCELED`."""
-        act = partial(_calls.operator_bulk, which.domain, "cancel", operator=operator, reason=reason, value=None)
+        act = partial(_desk_calls.operator_bulk, which.domain, "cancel", operator=operator, reason=reason, value=None)
         bulk = Bulk(self._bus, act, Pace(per_second), on_progress)
         return await bulk.run(await self._fix(which, expected_count))
 
@@ -185,7 +185,7 @@ class TroubleshootingQueue:
     ) -> BulkResult:
         """Note that the work was done by hand: `IN_TROUBLESHOOTING_QUEUE -> COMPLETED`, each with this result."""
         text = None if result_data is None else encode(result_data, "result_data")
-        act = partial(_calls.operator_bulk, which.domain, "complete", operator=operator, reason=reason, value=text)
+        act = partial(_desk_calls.operator_bulk, which.domain, "complete", operator=operator, reason=reason, value=text)
         bulk = Bulk(self._bus, act, Pace(per_second, len(text or "")), on_progress)
         return await bulk.run(await self._fix(which, expected_count))
 

@@ -20,6 +20,7 @@ from commandbus import (
     TroubleshootingFilter,
     TroubleshootingQueue,
     _bulk,
+    _desk_calls,
     _queries,
 )
 from tests.bus.support import DOMAIN, Connect, Connection, lock_table, one, rows, terminate, until
@@ -221,11 +222,11 @@ async def test_the_set_is_what_was_parked_at_the_start(bus: CommandBus, db: Conn
     ids = await park(bus, db, 2)
     start = await bus.database.repeat(_queries.clock())
     await park(bus, db, 2)
-    found, _ = await bus.database.repeat(_queries.parked_page(EVERYTHING, start, None))
+    found, _ = await bus.database.repeat(_desk_calls.parked_page(EVERYTHING, start, None))
     assert found == [(command_id, 1) for command_id in ids]
     which = TroubleshootingFilter(DOMAIN, parked_for=timedelta(hours=1))
-    assert (await bus.database.repeat(_queries.parked_page(which, start, None)))[0] == []
-    late = await bus.database.repeat(_queries.parked_page(which, start + timedelta(hours=1), None))
+    assert (await bus.database.repeat(_desk_calls.parked_page(which, start, None)))[0] == []
+    late = await bus.database.repeat(_desk_calls.parked_page(which, start + timedelta(hours=1), None))
     assert late == (found, None)
 
 

@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 
-from commandbus import InvalidCommandError, SendRequest, _calls
+from commandbus import InvalidCommandError, SendRequest, _calls, _desk_calls
 from commandbus._limits import encode
 from tests.support import nested
 from tests.values import VALUES, Colour, Size
@@ -215,9 +215,9 @@ def test_a_name_of_an_enumeration_is_its_value() -> None:
 def test_the_words_of_an_operator_have_no_nul(field: str) -> None:
     words = {"operator": "ana", "reason": "why"} | {field: "a\0b"}
     with pytest.raises(InvalidCommandError, match=f"command {OWN}: {field} has a NUL"):
-        _calls.cancel("d", OWN, **words)
+        _desk_calls.cancel("d", OWN, **words)
     with pytest.raises(InvalidCommandError, match=f"{field} has a NUL"):
-        _calls.operator_bulk("d", "cancel", [(OWN, 1)], **words, value=None)
+        _desk_calls.operator_bulk("d", "cancel", [(OWN, 1)], **words, value=None)
 
 
 class Mute(str):

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import typer
 
-from commandbus import _calls, _queries
+from commandbus import _desk_calls, _queries
 from commandbus._failures import refusals_of
 from commandbus.bus import CommandBus
 from commandbus.cli import terminal
@@ -50,14 +50,14 @@ def edit(
         async def work(bus: CommandBus) -> tuple[str, str]:
             database = bus.database
             with refusals_of(f"command {command_id}"):
-                if verb == "replace" and await database.repeat(_queries.pretty(value)) == before:
+                if verb == "replace" and await database.repeat(_desk_calls.pretty(value)) == before:
                     raise _kept(command_id)
-                call = _calls.operator_bulk(
+                call = _desk_calls.operator_bulk(
                     domain, verb, [(command_id, delivery)], operator=operator, reason=reason, value=value
                 )
                 _check(bus, command_id, (await database.run(call))[command_id])
             await bus.wake(domain)
-            return await database.repeat(_queries.edited(domain, command_id, delivery))
+            return await database.repeat(_desk_calls.edited(domain, command_id, delivery))
 
         return ask(dsn, work)
 
@@ -84,8 +84,8 @@ def edit(
     terminal.say(f"retried {command_id}")
 
 
-async def _read_parked(bus: CommandBus, domain: str, command_id: UUID) -> _queries.Seen:
-    seen = await bus.database.repeat(_queries.parked_data(domain, command_id))
+async def _read_parked(bus: CommandBus, domain: str, command_id: UUID) -> _desk_calls.Seen:
+    seen = await bus.database.repeat(_desk_calls.parked_data(domain, command_id))
     if seen is None:
         status = (await bus.get_command(domain, command_id)).status
         raise CommandStateError(f"command {command_id} is {status}: cannot edit it. Nothing was done")

@@ -8,7 +8,7 @@ from uuid import UUID
 
 import typer
 
-from commandbus import _queries
+from commandbus import _desk_calls
 from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.commands import Story, print_story, read_story
@@ -52,7 +52,7 @@ def list_parked(
 ) -> None:
     """List parked commands with their errors, the longest parked first."""
     which = choice.of(domain)
-    call = _queries.list_troubleshooting(which, limit=limit, cursor=cursor)
+    call = _desk_calls.list_troubleshooting(which, limit=limit, cursor=cursor)
     page = ask(dsn, lambda bus: bus.database.repeat(call))
     if as_json:
         terminal.print_json(page)
@@ -116,7 +116,7 @@ def show_parked(
     async def read(bus: CommandBus) -> tuple[Story, list[TroubleshootingGroup]]:
         story = await read_story(bus, command_id, domain)
         command = story.command
-        fingerprint = await bus.database.repeat(_queries.fingerprint(command.domain, command_id))
+        fingerprint = await bus.database.repeat(_desk_calls.fingerprint(command.domain, command_id))
         if fingerprint is None:
             raise CommandStateError(
                 f"command {command_id} is {command.status}, not parked: `commandbus show` tells its story"

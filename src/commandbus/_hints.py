@@ -39,6 +39,7 @@ class Hints:
         self._given: dict[str, tuple[float, float]] = {}  # when, and for how long there is none after it
         self._owed: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf  # uvloop's handle of what is due within a millisecond has no `when()`
         self._task: asyncio.Task[None] | None = None
 
     async def give(
@@ -90,10 +91,12 @@ class Hints:
 
     def _start_timer(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
+        at = loop.time() + seconds
         if self._timer is not None:
-            if self._timer.when() <= loop.time() + seconds:
+            if self._timer_at <= at:
                 return
             self._timer.cancel()
+        self._timer_at = at
         # An empty context: the hint is for everybody, and holds no connection of the caller.
         self._timer = loop.call_later(seconds, self._settle, context=contextvars.Context())
 

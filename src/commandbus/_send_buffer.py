@@ -7,17 +7,21 @@ No linger: a single send leaves at once; rows pile up only while flushes are und
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
+from typing import TypeAlias
 from uuid import UUID
 
+import psycopg
+
 from commandbus import _calls
-from commandbus._calls import Outgoing
-from commandbus._database import Database, execute
+from commandbus._calls import Outgoing, Row
+from commandbus._database import Database, execute, hung_up
 from commandbus._failures import brief, is_connection_lost, is_refusal, is_unavailable, own_copy, refusal
 from commandbus._hints import Hints
 from commandbus._limits import MAX_BYTES
@@ -28,6 +32,8 @@ logger = logging.getLogger("commandbus.send")
 MAX_ROWS = 1000
 LOCK_TIMEOUT_MS = 50
 """How long a flush waits for a rival's uncommitted command of the same id, before that row goes to its own lane."""
+_KEPT = 0.05
+"""Seconds for which a flush keeps its connection with nothing to send: less than any other call waits for one."""
 _PAUSE = 0.1  # seconds, at least, between two tries without a connection
 _LOCK_NOT_AVAILABLE = "55P03"
 
@@ -124,6 +130,18 @@ class Parcel:
         return f"{self.name} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
 
 
+_More: TypeAlias = Callable[[], Awaitable[list[Parcel]]]
+
+
+async def _nothing() -> list[Parcel]:
+    return []
+
+
+def _wake(idle: asyncio.Future[None]) -> None:
+    if not idle.done():
+        idle.set_result(None)
+
+
 class SendBuffer:
     """The waiting sends of one bus, and the flushes that carry them. Belongs to the loop of its bus."""
 
@@ -134,6 +152,8 @@ class SendBuffer:
         self._waiting: deque[Parcel] = deque()
         self._contended: deque[Parcel] = deque()
         self._flushing = 0
+        self._idle: list[asyncio.Future[None]] = []  # flushes that keep their connection for what may come
+        self._called = False  # one was woken or started, and has not come to take yet
         self._flushes: set[asyncio.Task[None]] = set()
         self._contended_flush: asyncio.Task[None] | None = None
         self._draining = False
@@ -170,6 +190,8 @@ class SendBuffer:
     async def drain(self) -> None:
         """Refuse what comes from now on, and wait until nothing is under way; cancelled, refuse what waits as well."""
         self._draining = True
+        for idle in self._idle:
+            _wake(idle)
         try:
             while self._flushes or self._contended_flush is not None:
                 tasks = [*self._flushes, *filter(None, [self._contended_flush])]
@@ -179,7 +201,14 @@ class SendBuffer:
                 parcel.abandon()
 
     def _start(self) -> None:
-        if self._flushing < self._connections:
+        """Call one flush for all that waits: an idle one, or another. Of a burst of 16, four would take a few each."""
+        if self._called:
+            return
+        if self._idle:
+            self._called = True
+            _wake(self._idle.pop())
+        elif self._flushing < self._connections:
+            self._called = True
             self._flushing += 1
             # An empty context: the flush serves many callers and must not run under the trace of the first.
             task = asyncio.get_running_loop().create_task(self._flush(), context=contextvars.Context())
@@ -189,11 +218,27 @@ class SendBuffer:
     async def _flush(self) -> None:
         try:
             while batch := self._take():
-                await self._deliver(batch)
+                await self._deliver(batch, self._more)
         finally:  # in the step that found nothing: who comes next starts another
             self._flushing -= 1
 
+    async def _more(self) -> list[Parcel]:
+        """Take what waits, or what comes soon."""
+        if not self._waiting and not self._draining:
+            loop = asyncio.get_running_loop()
+            idle: asyncio.Future[None] = loop.create_future()
+            self._idle.append(idle)
+            timer = loop.call_later(_KEPT, _wake, idle)
+            try:
+                await idle
+            finally:
+                timer.cancel()
+                with contextlib.suppress(ValueError):  # it was called
+                    self._idle.remove(idle)
+        return self._take()
+
     def _take(self) -> list[Parcel]:
+        self._called = False
         batch: list[Parcel] = []
         rows = size = 0
         while self._waiting and rows < MAX_ROWS and size < MAX_BYTES:
@@ -202,14 +247,15 @@ class SendBuffer:
                 batch.append(parcel)
                 rows += len(parcel.outgoings)
                 size += parcel.size
+        if self._waiting:
+            self._start()
         return batch
 
-    async def _deliver(self, batch: list[Parcel]) -> None:
-        """Bring each parcel of the batch to its outcome, whatever happens on the way."""
+    async def _deliver(self, batch: list[Parcel], more: _More = _nothing) -> None:
+        """Bring each parcel of the batch to its outcome, whatever happens on the way; then those of `more`."""
         while batch := [parcel for parcel in batch if parcel.waits]:
             try:
-                await self._try(batch)
-                return
+                await self._try(batch, more)
             except asyncio.CancelledError:  # the loop ends; a blocked thread would hear of it from nobody else
                 for parcel in batch:
                     parcel.abandon()
@@ -218,29 +264,38 @@ class SendBuffer:
                 if not await self._sort_out(batch, error):
                     return
 
-    async def _try(self, batch: list[Parcel]) -> None:
-        """Send the batch as one statement; settles all parcels or raises."""
+    async def _try(self, batch: list[Parcel], more: _More) -> None:
+        """Send the batch as one statement, then what `more` puts in its place; raises what is wrong with the last.
+
+        Ends early, with parcels in the batch that wait, when the connection broke while there was nothing to send.
+        """
         async with self._database.connection() as connection:
-            batch = [parcel for parcel in batch if parcel.waits]  # some gave up while there was no connection
-            rows = [row for parcel in batch for row in parcel.rows()]
+            while batch and not hung_up(connection):
+                await self._execute(connection, batch)
+                batch[:] = await more()
+
+    async def _execute(self, connection: psycopg.AsyncConnection[Row], batch: list[Parcel]) -> None:
+        """Send the batch as one statement; settles all parcels or raises."""
+        batch = [parcel for parcel in batch if parcel.waits]  # some gave up while there was no connection
+        rows = [row for parcel in batch for row in parcel.rows()]
+        for parcel in batch:
+            parcel.under_way = True
+        try:
+            outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS))
+        except BaseException as error:
+            lost = is_connection_lost(error) or isinstance(error, asyncio.CancelledError)
             for parcel in batch:
-                parcel.under_way = True
-            try:
-                outcomes = await execute(connection, _calls.send(rows, LOCK_TIMEOUT_MS))
-            except BaseException as error:
-                lost = is_connection_lost(error) or isinstance(error, asyncio.CancelledError)
-                for parcel in batch:
-                    parcel.maybe_sent = parcel.maybe_sent or lost
-                raise
-            finally:
-                for parcel in batch:
-                    parcel.under_way = False
-            answers = iter(outcomes)
+                parcel.maybe_sent = parcel.maybe_sent or lost
+            raise
+        finally:
             for parcel in batch:
-                parcel.settle(list(islice(answers, len(parcel.outgoings))))
-            sent = [one for parcel in batch for one in parcel.outgoings]
-            awaited = {one.domain for one in sent if one.awaited}
-            await self._hints.give(connection, {one.domain for one in sent}, awaited)
+                parcel.under_way = False
+        answers = iter(outcomes)
+        for parcel in batch:
+            parcel.settle(list(islice(answers, len(parcel.outgoings))))
+        sent = [one for parcel in batch for one in parcel.outgoings]
+        awaited = {one.domain for one in sent if one.awaited}
+        await self._hints.give(connection, {one.domain for one in sent}, awaited)
 
     async def _sort_out(self, batch: list[Parcel], error: Exception) -> bool:
         """Decide what a failed flush means for its parcels. True: try those that still wait again, as they are."""

@@ -14,8 +14,8 @@ import pytest
 
 from commandbus import CommandBus, CommandStatus, OutcomeUnknownError
 from commandbus import _send_buffer as send_buffer
-from tests.bus.support import DOMAIN, Connect, Connection, bring, ids, one
-from tests.support import Route, async_only
+from tests.bus.support import DOMAIN, Connect, Connection, bring, ids, one, until
+from tests.support import Route, async_only, direct_only
 
 MINE = "datname = current_database() AND application_name = 'under test'"
 
@@ -111,6 +111,40 @@ async def test_the_budget_of_connections_is_kept(route: Route, connect: Connect)
             await asyncio.gather(*(caller() for _ in range(64)))
         count()
     assert 2 <= max(seen) <= 3 + 2
+
+
+@direct_only
+async def test_a_session_that_ends_while_a_flush_keeps_it_fails_no_send(
+    route: Route, db: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hinted = f"SELECT count(*) FROM pg_stat_activity WHERE {MINE} AND state = 'idle' AND query LIKE '%wake_v1%'"
+    monkeypatch.setattr(send_buffer, "_KEPT", 3600)  # so that the end of the bus shows that it does not wait for that
+    async with CommandBus(**route, application_name="under test") as bus:
+        await bus.send(DOMAIN, "Debit", {})
+        await until(lambda: one(db, hinted) == 1, "the hint, after which the flush has nothing to send")
+        db.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {MINE}".encode())
+        await until(lambda: one(db, f"SELECT count(*) FROM pg_stat_activity WHERE {MINE}") == 0, "the end of all")
+        await bus.send(DOMAIN, "Debit", {})
+        await until(lambda: one(db, hinted) == 1, "the next hint")
+    assert len(ids(db)) == 2
+    assert "is repeated" not in caplog.text
+
+
+@direct_only
+async def test_a_flush_with_nothing_to_send_gives_its_connection_back(
+    route: Route, db: Connection, connect: Connect
+) -> None:
+    blocker = connect()
+    waiting = f"SELECT count(*) FROM pg_stat_activity WHERE {MINE} AND wait_event_type = 'Lock'"
+    async with CommandBus(**route, flush_connections=1, application_name="under test") as bus:
+        await bus.send(DOMAIN, "Debit", {})
+        blocker.execute("LOCK TABLE commandbus.command IN ACCESS EXCLUSIVE MODE")
+        counts = [asyncio.create_task(bus.count()) for _ in range(3)]
+        try:
+            await until(lambda: one(db, waiting) == 3, "a call on each connection of the pool")
+        finally:
+            blocker.rollback()
+        assert await asyncio.gather(*counts) == [1, 1, 1]
 
 
 @async_only("holds a connection of the pool")

@@ -9,6 +9,7 @@ from math import inf
 
 import psycopg
 import pytest
+import uvloop
 
 from commandbus import CommandBus, SendRequest, _hints
 from tests.bus.support import DOMAIN, Connection
@@ -104,3 +105,13 @@ async def test_closing_drops_what_is_owed(route: Route, hints: Connection) -> No
     async with CommandBus(**route) as bus:
         await bus.wake("marker")
     assert len(until_marker(hints)) >= 3
+
+
+def test_on_uvloop_a_second_timer_may_follow_one_that_is_due_at_once(dsn: str) -> None:
+    async def owe_twice() -> None:
+        async with CommandBus(dsn) as bus:
+            bus._hints._start_timer(0.0001)
+            bus._hints._start_timer(0.0001)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(owe_twice())

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from benchmarks.harness import Bench, Figure, at_most, ours, p50, p99
 from benchmarks.program import Options
 
-_PAUSE_MS = 200  # and at least half of it: after 100 the next hint is given at once
-_SHORT_PAUSE_MS = 20
+_PAUSE_MS = 50  # on average, from half of it to one and a half: the worker idles when the next one comes
+_SHORT_PAUSE_MS = 10
+_COUNT = 60  # in each of five rounds
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
@@ -16,7 +17,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
 
     Idle virtual cores wake slowly, which meets everybody alike.
     """
-    work: Options = {"count": bench.size(300, 5), "pause_ms": _PAUSE_MS}
+    work: Options = {"count": bench.size(_COUNT, 5), "pause_ms": _PAUSE_MS}
     short = {**work, "pause_ms": _SHORT_PAUSE_MS}
     peers = bench.peers("latency", mode="async", **work)
     contenders = {"async": ours("latency", **work), "def": ours("latency", "blocking", **work)}

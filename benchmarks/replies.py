@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from benchmarks.harness import Bench, Figure, at_least, at_most, ours, p50, p99, rate
 
-_PAUSE_MS = 200  # as in `latency`
+_PAUSE_MS = 50  # as in `latency`
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
@@ -14,7 +14,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
 
     The worker is another process. A peer that can only be asked in the process that does the work has that for itself.
     """
-    idle = {"tasks": 1, "count": bench.size(300, 5), "pause_ms": _PAUSE_MS}
+    idle = {"tasks": 1, "count": bench.size(60, 5), "pause_ms": _PAUSE_MS}
     alone = ours("call", "blocking", tasks=1, count=bench.size(1000, 5))
     peers = bench.peers("call", among=("dbos",), mode="blocking", **idle)
     race = bench.race({"commandbus": ours("call", "blocking", **idle), "without pauses": alone, **peers})

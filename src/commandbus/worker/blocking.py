@@ -88,7 +88,9 @@ class BlockingRunner:
 
     def start(self, leases: list[Lease]) -> None:
         """Run the handlers of these leases; does not wait."""
-        self._threads.submit(leases, self._run, self._tell, unfinished=self.taken)
+        if not self._threads.submit(leases, self._run, self._tell, unfinished=self.taken):
+            logger.error("no thread for a handler can be started, again in %.0f s", _PATIENCE)
+            self._loop.call_later(_PATIENCE, self.start, [])
         if not self._looking and self.taken > self._threads.size:
             self._looking = True
             self._loop.call_later(_PATIENCE, self._look)
@@ -181,9 +183,9 @@ class BlockingRunner:
             logger.warning("a handler ended after its worker", extra=lease.log_extra(self._worker))
 
     def _run(self, lease: Lease) -> Returned:
-        if lease.cancelled:
-            return None, 0.0
         began = time.monotonic()
+        if lease.cancelled or began >= lease.deadline:  # this process may have stood still while it waited
+            return None, 0.0
         if (timeout := lease.handler.timeout) is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._watch, lease, timeout.total_seconds())

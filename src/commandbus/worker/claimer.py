@@ -141,7 +141,7 @@ class Claimer:
             if not limit and not outcomes:
                 continue
             work = await self._work(lane, limit, max(0, limit - free), outcomes)
-            more |= len(work.commands) >= limit
+            more |= len(work.commands) >= limit or self._finisher.carries(lane.domain)
             if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
                 more |= await self._run_alone(lane)
         return more

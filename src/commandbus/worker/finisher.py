@@ -87,6 +87,10 @@ class Finisher:
             self._to_carry[domain] = waiting[len(taken) :]
         return taken
 
+    def carries(self, domain: str) -> bool:
+        """Whether completions of this domain wait for `take`."""
+        return domain in self._to_carry
+
     def give_back(self, outcomes: list[Outcome]) -> None:
         """Take back what could not be recorded, and carry it no more: nothing might wake the claimer for it."""
         self._waiting += outcomes

@@ -74,19 +74,24 @@ class HandlerThreads:
 
     def submit(
         self, leases: list[Lease], run: Callable[[Lease], T], then: Callable[[Lease, T], None], *, unfinished: int
-    ) -> None:
+    ) -> bool:
         """Run each of these in a thread, and then `then` there, when the thread is free again; neither may raise.
 
-        `unfinished`: how many were submitted and not told of, these included.
+        `unfinished`: how many were submitted and not told of, these included. False: there is no thread, and none can
+        be started; call it again.
         """
         now = time.monotonic()
         self._work.extend([(now, lease, run, then) for lease in leases])
         while len(self._threads) < min(self.size, unfinished):
             number = len(self._threads) + 1
             thread = threading.Thread(target=self._serve, name=f"{self._name}-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the limit of processes or of memory
+                break
             self._threads.append(thread)
-            thread.start()
         self._wake()
+        return bool(self._threads)
 
     def withdraw(self, before: float = inf) -> list[Lease]:
         """Take back what no thread has begun with, of what was submitted before; one more when a thread is quicker."""

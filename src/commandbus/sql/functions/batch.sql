@@ -12,18 +12,24 @@
 -- Locks: commands, then batches. Counting takes FOR NO KEY UPDATE, adding FOR KEY SHARE, closing FOR UPDATE: additions
 -- and counting pass each other, and closing waits for additions.
 
--- _turn: locks a batch for counting, waited for up to 100 ms; whether that was possible.
-CREATE OR REPLACE FUNCTION commandbus._turn(p_domain text, p_batch_id uuid) RETURNS boolean
+-- _turn: locks a batch for counting, with p_patient waited for up to 100 ms; whether that was possible.
+CREATE OR REPLACE FUNCTION commandbus._turn(p_domain text, p_batch_id uuid, p_patient boolean) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
-    PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id FOR NO KEY UPDATE;
+    IF p_patient THEN
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id FOR NO KEY UPDATE;
+    ELSE
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id
+        FOR NO KEY UPDATE SKIP LOCKED;
+    END IF;
     RETURN FOUND;
 EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
     RETURN false;
 END $$;
 
 -- _count: p_change more commands of these batches, each as often as it is named, are in this status.
--- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row.
+-- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row. A call
+-- waits in vain for one batch only: somebody may keep many.
 CREATE OR REPLACE FUNCTION commandbus._count(
     p_domain text, p_batches uuid[], p_status text, p_change integer DEFAULT 1) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -31,6 +37,7 @@ DECLARE
     v_alone CONSTANT boolean :=
         current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted');
     v_more  commandbus.batch_change;
+    v_calm  boolean := true;
     b       record;
 BEGIN
     FOR b IN SELECT n.batch_id, count(*)::integer * p_change AS more FROM unnest(p_batches) AS n (batch_id)
@@ -40,10 +47,11 @@ BEGIN
                    CASE p_status WHEN 'FAILED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'CANCELED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'IN_TROUBLESHOOTING_QUEUE' THEN b.more ELSE 0 END);
-        IF v_alone OR NOT commandbus._turn(p_domain, b.batch_id) THEN
-            INSERT INTO commandbus.batch_change SELECT v_more.*;
-        ELSE
+        IF NOT v_alone AND commandbus._turn(p_domain, b.batch_id, v_calm) THEN
             PERFORM commandbus._settle(v_more);
+        ELSE
+            INSERT INTO commandbus.batch_change SELECT v_more.*;
+            v_calm := false;
         END IF;
     END LOOP;
 END $$;
@@ -128,7 +136,13 @@ BEGIN
     ELSE
         v_command.place := commandbus._place(v_command.priority);
     END IF;
-    INSERT INTO commandbus.command SELECT v_command.*;
+    INSERT INTO commandbus.command
+        (domain, command_id, command_type, status, place, due_at, priority, max_attempts, sent_at, not_before,
+         correlation_id, reply_to, data_hash, data, headers)
+    SELECT v_command.domain, v_command.command_id, v_command.command_type, v_command.status, v_command.place,
+           v_command.due_at, v_command.priority, v_command.max_attempts, v_command.sent_at, v_command.not_before,
+           v_command.correlation_id, v_command.reply_to, v_command.data_hash,
+           coalesce(v_command.data, 'null'), v_command.headers;  -- a record cannot tell null of JSON from none
 END $$;
 
 -- create_batch_v1: an empty batch that grows. Answers accepted, duplicate (there is one of this id and hash; nothing is
@@ -195,10 +209,15 @@ BEGIN
 END $$;
 
 -- close_batch_v1: no more will be added: the batch finishes with its last command, now if all have ended. Closing twice
--- is no error. Locks: the batch, waited for up to 5 s: for those who add. Raises CB003 somebody adds for longer, CB005.
+-- is no error. Locks: the batch, waited for up to 5 s: for those who add. Raises CB003 somebody adds for longer, CB004
+-- above READ COMMITTED, where it would not see what was added since its transaction began, CB005.
 CREATE OR REPLACE FUNCTION commandbus.close_batch_v1(p_domain text, p_batch_id uuid) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE EXCEPTION 'batch % can be closed at READ COMMITTED only', p_batch_id
+            USING ERRCODE = 'CB004', HINT = 'Nothing was written; close it in a READ COMMITTED transaction.';
+    END IF;
     PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id FOR UPDATE;
     IF NOT FOUND THEN
         PERFORM commandbus._no_batch(p_domain, p_batch_id);

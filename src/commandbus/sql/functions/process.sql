@@ -361,7 +361,9 @@ DECLARE
 BEGIN
     FOR s IN SELECT t.command_domain, t.command_id, h.finished_at FROM commandbus.process_step t
              LEFT JOIN commandbus.command_history h ON h.domain = t.command_domain AND h.command_id = t.command_id
-             WHERE t.domain = p_domain AND t.process_id = p_process_id AND t.status = 'OPEN' ORDER BY t.number LOOP
+             WHERE t.domain = p_domain AND t.process_id = p_process_id AND t.status = 'OPEN'
+               AND (h.finished_at IS NULL OR t.kind IN ('step', 'undo'))  -- a timer that was canceled is not wanted
+             ORDER BY t.number LOOP
         IF s.finished_at IS NULL THEN
             SELECT q.* INTO c FROM commandbus.command q
             WHERE q.domain = s.command_domain AND q.command_id = s.command_id LIMIT 1 FOR UPDATE;

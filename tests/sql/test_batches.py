@@ -134,6 +134,11 @@ def test_what_is_sent_at_the_end_is_delayed_from_then(db: Connection) -> None:
 # ------------------------------------------------------------------------------------------- what is refused
 
 
+def test_what_is_sent_at_the_end_may_have_no_data(db: Connection) -> None:
+    batch_of(db, 0, on_complete={"domain": "reports", "command_type": "Done", "data": None})
+    assert rows(db, "SELECT data FROM commandbus.commands WHERE domain = 'reports'") == [(None,)]
+
+
 def test_nobody_else_names_the_batch_of_a_command(db: Connection) -> None:
     batch_id = batch_of(db, 1)
     send(db, batch_id=batch_id)
@@ -195,14 +200,14 @@ def test_who_counts_waits_for_the_one_before_and_finishes_the_batch(db: Connecti
     batch_id = batch_of(db, 2)
     first, second = [item(row) for row in claim(db)]
     # Longer than a test may take, in place of 100 ms.
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid) SET lock_timeout = '60s'")
+    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '60s'")
     other = connect()
     assert outcome(other, "complete", first) == "done"
     with background() as pool:
         waiting = start_waiting(pool, db, impatient(connect(autocommit=True)), lambda c: outcome(c, "complete", second))
         other.commit()
         assert waiting.result() == "done"
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid) SET lock_timeout = '100ms'")
+    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '100ms'")
     assert finished(db, batch_id)
     assert told(db) == 1
 
@@ -267,6 +272,37 @@ def test_two_that_count_in_two_batches_in_any_order_do_not_deadlock(db: Connecti
     sweep(db)
     assert finished(db, first)
     assert finished(db, second)
+
+
+def test_a_batch_is_closed_at_read_committed_only(db: Connection, connect: Connect) -> None:
+    batch_id = create(db)
+    strict = connect()
+    strict.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    one(strict, "SELECT 1")
+    add(db, batch_id, {})
+    with pytest.raises(psycopg.Error, match="can be closed at READ COMMITTED only") as raised:
+        close(strict, batch_id)
+    assert raised.value.sqlstate == "CB004"
+    assert not finished(db, batch_id)
+
+
+def test_one_who_keeps_many_batches_is_waited_for_once(db: Connection, connect: Connect) -> None:
+    batches = [batch_of(db, 2) for _ in range(3)]
+    kept, others = [], []
+    for batch_id in batches:
+        found = rows(db, "SELECT command_id FROM commandbus.batch_commands WHERE batch_id = %s", batch_id)
+        kept.append(found[0][0])
+        others.append(found[1][0])
+    leases = {item(row)["command_id"]: item(row) for row in claim(db)}
+    application = connect()
+    assert set(lease_verb(application, "complete", *[leases[str(one_)] for one_ in kept])) == {
+        (str(i), "done") for i in kept
+    }
+    lease_verb(db, "complete", *[leases[str(one_)] for one_ in others])
+    assert one(db, "SELECT count(*) FROM commandbus.batch_change WHERE completed = 1") == 3
+    application.commit()
+    sweep(db)
+    assert [finished(db, batch_id) for batch_id in batches] == [True] * 3
 
 
 def test_closing_waits_for_what_is_being_added(db: Connection, connect: Connect) -> None:

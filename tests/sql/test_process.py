@@ -189,6 +189,16 @@ def test_it_finishes_when_no_step_is_open(hand: Hand) -> None:
     assert (seen(hand, process), hand.pending()) == ("resta", [])
 
 
+def test_a_canceled_timer_does_not_keep_the_rest_from_being_retried(hand: Hand) -> None:
+    process = hand.start(Resting, Told())
+    hand.do("work", "A", "park")
+    timer = one(hand.db, "SELECT command_id FROM commandbus.command WHERE command_type = 'Timer'")
+    hand.db.execute("SELECT commandbus.cancel_v1(%s, %s, 'ann', 'no')", (hand.domain, timer))
+    retried = "SELECT commandbus.retry_process_v1(%s, %s, 'ann', 'mended')"
+    assert hand.db.execute(retried, (process.domain, process.process_id)).fetchall() == [(1,)]
+    assert hand.pending() == [("work", "A")]
+
+
 def test_finish_ends_what_waits(hand: Hand) -> None:
     process = hand.start(Resting, Told())
     hand.do("work", "A", result='"enough"')
@@ -369,7 +379,7 @@ CORRUPTIONS = {
         _STEP.format("status = 'OPEN', applied = NULL, ended_at = NULL"),
     ),
     "a reply was not sent": (
-        "reply_lost",
+        "reply_lost reply_missing",
         "DELETE FROM commandbus.command WHERE command_type = 'Reply' AND correlation_id = %(id)s::text",
     ),
 }

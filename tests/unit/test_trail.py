@@ -72,8 +72,8 @@ def test_nothing_is_missed_but_what_lies_before_a_place_of_its_own_line(
 ) -> None:
     trail = Trail(["A", "B"])
     commands = [claimed(name, place(level, number)) for name, level, number in seen]
-    for now in (100.0, 110.0, 120.0):
-        trail.saw(commands, now)
+    for now, now_seen in ((100.0, commands), (110.0, []), (120.0, [])):
+        trail.saw(now_seen, now)
     name, level, number = probe
     passed = [n for seen_name, seen_level, n in seen if (seen_name, seen_level) == (name, level)]
     assert is_in(trail.rest(), name, place(level, number)) == (number > max(passed, default=-1))
@@ -89,3 +89,13 @@ def test_segments_are_in_order_and_do_not_overlap(seen: list[tuple[str, int, int
         assert all(after <= up_to for after, up_to in segments)
         assert all(one[1] <= two[0] for one, two in pairwise(segments))
         assert segments[-1][1] == LAST_PLACE
+
+
+def test_what_committed_late_is_looked_at_again() -> None:
+    """A transaction that sends for longer than what is remembered trails: its commands stand below, all of them."""
+    trail = Trail(["A"])
+    trail.saw([claimed("A", place(100, 50))], 100.0)
+    trail.saw([], 103.0)
+    assert not is_in(trail.rest(), "A", place(100, 11))
+    trail.saw([claimed("A", place(100, 10))], 104.0)  # by a claim from the start
+    assert is_in(trail.rest(), "A", place(100, 11))

@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from commandbus import Command, CommandBus, CommandStatus, LeaseLostError, Worker
+from commandbus import Command, CommandBus, CommandStatus, LeaseLostError, SendRequest, Worker
 from commandbus._calls import Claimed
+from commandbus._limits import MAX_BYTES
 from commandbus.worker.claimer import Claimer, Lane
 from commandbus.worker.endings import Completed, Ending
 from commandbus.worker.finisher import Finisher
@@ -36,12 +37,12 @@ class Round:
         )  # fmt: skip
         self.finisher.carry(carried=True)
 
-    def complete(self, db: Connection, command_type: str) -> Lease:
+    def complete(self, db: Connection, command_type: str, ending: Completed = Completed("1")) -> Lease:  # noqa: B008
         """Lease a command of this type, and let its completion wait for the claimer."""
         item = lease(db, command_type)
         held = Lease(claimed(item), REGISTRY.find(DOMAIN, command_type), float("inf"))
         self.leases.add(held)
-        self.finisher.put(held, Completed("1"))
+        self.finisher.put(held, ending)
         return held
 
 
@@ -77,6 +78,19 @@ async def test_a_call_that_claims_nothing_puts_no_scan_off(bus: CommandBus, db: 
     await round_.claimer._claim_all()
     assert len(round_.leases) == 0
     assert round_.lane.scan_at == 0
+
+
+@async_only("asks the claimer itself")
+async def test_what_one_statement_cannot_carry_is_carried_by_the_next(bus: CommandBus, db: Connection) -> None:
+    await bus.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(2)])
+    round_ = Round(bus, free=0)
+    large = Completed(f'"{"x" * MAX_BYTES}"')
+    first, second = (round_.complete(db, "Debit", large) for _ in range(2))
+    round_.lane.ahead = lambda: 1  # nothing is free: the claimer would wait for a handler to end
+    assert await round_.claimer._claim_all()
+    assert [one.held for one in (first, second)] == [False, True]
+    await round_.claimer._claim_all()
+    assert not second.held
 
 
 @async_only("asks the claimer itself")

@@ -29,7 +29,7 @@ class Trail:
         for command in commands:
             if command.place is not None:
                 key = (command.command_type, command.place >> SEQUENCE_BITS)
-                if command.place <= self._floors.get(key, -1):  # of a transaction that committed late; more is there
+                if command.place < self._floors.get(key, -1):  # of a transaction that committed late; more is there
                     for places in (self._newest, self._floors, self._next_floors):
                         places.pop(key, None)
                 self._newest[key] = max(command.place, self._newest.get(key, -1))

@@ -300,7 +300,7 @@ def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> Non
     python = [*(SQL.parent / "worker").glob("*.py"), SQL.parent / "model.py", SQL.parent / "process.py"]
     worker = "".join(path.read_text("utf-8") for path in python)
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
-    given = re.findall(r'CommandError\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
+    given = re.findall(r'(?:CommandError|__init__)\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
     assert sorted(named) == sorted(set(given))
 
 
@@ -320,7 +320,8 @@ def test_the_reference_of_views_names_each_column(db: psycopg.Connection) -> Non
     for view, text in re.findall(r"^## `commandbus\.(\w+)`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL):
         cells = "".join(re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE))
         described[view] = set(re.findall(r"`(\w+)`", cells))
-    described["troubleshooting"] |= described["commands"]  # as the page says
+    for view in ("troubleshooting", "batch_commands"):
+        described[view] |= described["commands"]  # as the page says
     rows = db.execute(
         "select table_name, array_agg(column_name::text) from information_schema.columns "
         "join information_schema.views using (table_schema, table_name) "

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from tests.chaos.check import Found
-from tests.chaos.plan import LEASE, Plan
+from tests.chaos.plan import LEASE, TOLD, Plan
 from tests.chaos.records import Db
 
 TAKEOVER_SECONDS = LEASE + LEASE / 6 + 1
@@ -46,6 +46,11 @@ _COUNTS = {
         WHERE n.what = 'refused' OR n.what = 'foreign' AND n.outcome = 'lost'""",
     "given_up_as_late": "SELECT count(*) FROM chaos.note WHERE what = 'late'",
     "parked": "SELECT count(*) FROM trail WHERE to_status = 'IN_TROUBLESHOOTING_QUEUE'",
+    "batches": "SELECT count(*) FROM commandbus.batches",
+    "replies": f"SELECT count(*) FROM told WHERE command_type = 'Reply' AND domain = '{TOLD}'",
+    "calls": "SELECT count(*) FROM chaos.note WHERE what = 'called'",
+    "processes": "SELECT count(*) FROM commandbus.processes",
+    "processes_not_completed": "SELECT count(*) FROM commandbus.processes WHERE status <> 'COMPLETED'",
     "operators_won": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'won'",
     "operators_lost": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'lost'",
 }

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from tests.chaos.check import Found
-from tests.chaos.plan import LEASE, TOLD, Plan
+from tests.chaos.plan import LEASE, TOLD, UNDO, Plan
 from tests.chaos.records import Db
 
 TAKEOVER_SECONDS = LEASE + LEASE / 6 + 1
@@ -66,7 +66,7 @@ def figures(db: Db, plan: Plan, found: list[Found], seconds: float) -> dict[str,
     return {
         "seed": plan.seed,
         "commands": column("SELECT count(*) FROM chaos.planned WHERE way <> 'rolled back'")[0],
-        "accepted": column("SELECT count(*) FROM kept")[0],
+        "accepted": column(f"SELECT count(*) FROM kept WHERE command_type <> '{UNDO}'")[0],
         "faults": kinds.total(),
         "faults_by_kind": dict(sorted(kinds.items())),
         **{name: column(query)[0] for name, query in _COUNTS.items()},

@@ -74,7 +74,8 @@ CHECKS = {
     # The third crash parks: the command ran alone then, so that a fault has to explain it, or a machine so slow that
     # the worker gave the lease up by itself.
     "innocent_parked": f"""
-        SELECT c.command_id FROM kept c
+        SELECT c.command_id FROM (SELECT k.command_id, k.command_type FROM kept k
+                                  UNION ALL SELECT r.command_id, r.command_type FROM told r) c
         JOIN trail t ON t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE'
         JOIN trail l ON l.command_id = c.command_id AND l.event = 'CLAIMED' AND l.delivery = t.delivery
         WHERE c.command_type NOT IN {_kinds(_GUILTY)} AND NOT (t.event = 'CRASHED' AND EXISTS (

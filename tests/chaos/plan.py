@@ -61,7 +61,7 @@ WAYS = {
 GROUPS = {"batch": 20, "process": 3}
 """The ways in which so many are sent together; the last group of a run may be smaller."""
 
-_TWIN_GROUPS = 0.25
+_TWIN_GROUPS = 0.25  # of them are sent by two senders at the same moment
 _ROLLED_BACK = 0.03  # for each command that is sent, so many more are, in a transaction that comes to nothing
 
 FAULTS = {

@@ -119,7 +119,8 @@ CHECKS = {
         WHERE n.what = 'called' AND n.outcome IS DISTINCT FROM c.status""",
     "called_without_return": """
         SELECT p.command_id FROM chaos.planned p JOIN kept c USING (command_id) WHERE p.way = 'called'
-        AND NOT EXISTS (SELECT FROM chaos.note n WHERE n.what = 'called' AND n.command_id = p.command_id)""",
+        AND NOT EXISTS (SELECT FROM chaos.note n WHERE n.command_id = p.command_id
+                        AND (n.what = 'called' OR n.outcome = 'withdrawn'))""",
     # -- batches
     "batch_miscounted": """
         SELECT b.batch_id FROM commandbus.batches b

@@ -61,6 +61,7 @@ WAYS = {
 GROUPS = {"batch": 20, "process": 3}
 """The ways in which so many are sent together; the last group of a run may be smaller."""
 
+_REFUSED_LAST = 0.3  # of the processes end with a step that is refused
 _TWIN_GROUPS = 0.25  # of them are sent by two senders at the same moment
 _ROLLED_BACK = 0.03  # for each command that is sent, so many more are, in a transaction that comes to nothing
 
@@ -172,6 +173,8 @@ def _group(numbers: list[int], size: int, planned: list[Planned], chance: random
         group, twins = UUID(int=chance.getrandbits(128), version=4), chance.random() < _TWIN_GROUPS
         for number in numbers[start : start + size]:
             planned[number] = replace(planned[number], at=planned[numbers[start]].at, group=group, twins=twins)
+        if planned[number].way == "process" and chance.random() < _REFUSED_LAST:
+            planned[number] = replace(planned[number], kind="Refused")
 
 
 def _fault_kinds(faults: int, chance: random.Random) -> list[str]:

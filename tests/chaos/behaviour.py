@@ -16,6 +16,7 @@ POISONED = 66
 """The exit code of a worker whose handler ended the process."""
 
 EFFECT = "INSERT INTO chaos.effect (command_id, delivery) VALUES (%s, %s)"
+REPLY = "INSERT INTO chaos.reply (command_id, status) VALUES (%s, %s)"
 
 _CHUNK, _SMALL = 64 << 20, 4096
 _HELD_SECONDS = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.chaos.plan import DOMAIN, EFFECTS, HOPELESS, MAX_ATTEMPTS, POISONS, STRAY, ZOMBIES
+from tests.chaos.plan import DOMAIN, EFFECTS, HOPELESS, MAX_ATTEMPTS, POISONS, PROCESSES, STRAY, TOLD, ZOMBIES
 from tests.chaos.records import Db
 
 
@@ -28,7 +28,9 @@ CHECKS = {
     # -- sending
     "lost": f"""
         SELECT DISTINCT n.command_id FROM chaos.note n WHERE n.what = 'sent' AND {_TOLD}
-        AND NOT EXISTS (SELECT FROM kept c WHERE c.command_id = n.command_id)""",
+        AND NOT EXISTS (SELECT FROM kept c WHERE c.command_id = n.command_id)
+        AND NOT EXISTS (SELECT FROM commandbus.batches b WHERE b.batch_id = n.command_id)
+        AND NOT EXISTS (SELECT FROM commandbus.processes p WHERE p.process_id = n.command_id)""",
     "rolled_back_but_sent": """
         SELECT c.command_id FROM kept c JOIN chaos.planned p USING (command_id) WHERE p.way = 'rolled back'""",
     "withdrawn_but_sent": """
@@ -40,8 +42,8 @@ CHECKS = {
         SELECT n.command_id FROM chaos.note n WHERE n.what = 'sent' AND n.outcome = 'accepted'
         GROUP BY n.command_id HAVING count(*) > 1""",
     "nobody_sent": """
-        SELECT c.command_id FROM kept c LEFT JOIN chaos.planned p ON p.number = (c.data ->> 'number')::integer
-        WHERE p.number IS NULL OR p.way <> 'minted' AND p.command_id <> c.command_id""",
+        SELECT c.command_id FROM kept c LEFT JOIN chaos.planned p USING (number)
+        WHERE p.way IS NULL OR p.way NOT IN ('minted', 'process') AND p.command_id <> c.command_id""",
     # -- the end
     "unsettled": "SELECT c.command_id FROM kept c WHERE c.status NOT IN ('COMPLETED', 'FAILED', 'CANCELED')",
     "not_one_end": """
@@ -72,7 +74,8 @@ CHECKS = {
     # The third crash parks: the command ran alone then, so that a fault has to explain it, or a machine so slow that
     # the worker gave the lease up by itself.
     "innocent_parked": f"""
-        SELECT c.command_id FROM kept c
+        SELECT c.command_id FROM (SELECT k.command_id, k.command_type FROM kept k
+                                  UNION ALL SELECT r.command_id, r.command_type FROM told r) c
         JOIN trail t ON t.command_id = c.command_id AND t.to_status = 'IN_TROUBLESHOOTING_QUEUE'
         JOIN trail l ON l.command_id = c.command_id AND l.event = 'CLAIMED' AND l.delivery = t.delivery
         WHERE c.command_type NOT IN {_kinds(_GUILTY)} AND NOT (t.event = 'CRASHED' AND EXISTS (
@@ -100,17 +103,78 @@ CHECKS = {
         SELECT t.command_id FROM trail t WHERE t.operator IS NOT NULL AND NOT EXISTS (
             SELECT FROM chaos.note n
             WHERE n.what = 'operator' AND n.command_id = t.command_id AND n.who = t.operator)""",
+    # -- replies and calls
+    "not_one_reply": f"""
+        SELECT c.command_id FROM kept c JOIN chaos.planned p USING (number)
+        LEFT JOIN told r ON r.domain = CASE p.way WHEN 'replied' THEN '{TOLD}' ELSE '{PROCESSES}' END
+                        AND r.command_type = 'Reply' AND r.data ->> 'command_id' = c.command_id::text
+        WHERE p.way IN ('replied', 'process') AND c.finished_at IS NOT NULL
+        GROUP BY c.command_id HAVING count(r.command_id) <> 1""",
+    "reply_not_handled_once": """
+        SELECT c.command_id FROM kept c JOIN chaos.planned p USING (number)
+        LEFT JOIN chaos.reply r ON r.command_id = c.command_id WHERE p.way = 'replied'
+        GROUP BY c.command_id, c.status HAVING coalesce(array_agg(r.status), '{}') <> ARRAY[c.status]""",
+    "called_otherwise": """
+        SELECT n.command_id FROM chaos.note n LEFT JOIN kept c USING (command_id)
+        WHERE n.what = 'called' AND n.outcome IS DISTINCT FROM c.status""",
+    "called_without_return": """
+        SELECT p.command_id FROM chaos.planned p JOIN kept c USING (command_id) WHERE p.way = 'called'
+        AND NOT EXISTS (SELECT FROM chaos.note n WHERE n.command_id = p.command_id
+                        AND (n.what = 'called' OR n.outcome = 'withdrawn'))""",
+    # -- batches
+    "batch_miscounted": """
+        SELECT b.batch_id FROM commandbus.batches b
+        CROSS JOIN LATERAL (SELECT count(*) AS total FROM chaos.planned p WHERE p.group_id = b.batch_id) p
+        CROSS JOIN LATERAL (
+            SELECT count(*) AS total, count(*) FILTER (WHERE c.status = 'COMPLETED') AS completed,
+                   count(*) FILTER (WHERE c.status = 'FAILED') AS failed,
+                   count(*) FILTER (WHERE c.status = 'CANCELED') AS canceled
+            FROM kept c WHERE c.batch_id = b.batch_id) c
+        WHERE (b.total, b.total, b.completed, b.failed, b.canceled, b.in_trouble, b.open)
+            <> (p.total, c.total, c.completed, c.failed, c.canceled, 0, 0)""",
+    "batch_not_ended_once": f"""
+        SELECT b.batch_id FROM commandbus.batches b
+        LEFT JOIN told e ON e.domain = '{TOLD}' AND e.correlation_id = b.batch_id::text
+        GROUP BY b.batch_id, b.finished_at HAVING count(e.command_id) <> 1 OR b.finished_at IS NULL""",
+    "batch_end_not_handled": """
+        SELECT b.batch_id FROM commandbus.batches b WHERE NOT EXISTS (
+            SELECT FROM chaos.note n WHERE n.what = 'announced' AND n.command_id = b.batch_id)""",
+    # -- processes: their steps follow each other, the last may fail; then those before it are undone in reverse
+    "process_unexplained": """
+        SELECT p.process_id FROM commandbus.processes p
+        CROSS JOIN LATERAL (SELECT count(*) AS planned FROM chaos.planned g WHERE g.group_id = p.process_id) g
+        CROSS JOIN LATERAL (
+            SELECT count(*) FILTER (WHERE s.kind = 'step') AS steps,
+                   count(*) FILTER (WHERE s.kind = 'step' AND s.status = 'COMPLETED') AS done,
+                   count(*) FILTER (WHERE s.kind = 'undo' AND s.status = 'COMPLETED') AS undone,
+                   count(*) FILTER (WHERE s.status = 'OPEN') AS open,
+                   coalesce(array_agg(s.of_number ORDER BY s.number) FILTER (WHERE s.kind = 'undo'), '{}') AS undo,
+                   coalesce(array_agg(s.number ORDER BY s.number DESC)
+                            FILTER (WHERE s.kind = 'step' AND s.status = 'COMPLETED'), '{}') AS reverse
+            FROM commandbus.process_steps s WHERE s.process_id = p.process_id) s
+        WHERE s.open > 0 OR p.status <> CASE
+            WHEN s.done = g.planned AND s.steps = s.done AND s.undo = '{}' THEN 'COMPLETED'
+            WHEN s.steps <> s.done + 1 OR s.undo <> s.reverse THEN 'no end'
+            WHEN s.undone = s.done THEN 'COMPENSATED' ELSE 'FAILED' END""",
+    "step_twice": """
+        SELECT p.number || ' ' || c.command_type FROM kept c JOIN chaos.planned p USING (number) WHERE p.way = 'process'
+        GROUP BY p.number, c.command_type HAVING count(*) > 1""",
+    "effect_twice": """
+        SELECT c.number || ' ' || c.command_type FROM chaos.effect e JOIN kept c USING (command_id)
+        GROUP BY c.number, c.command_type HAVING count(*) > 1""",
 }
 
 
 def check(db: Db) -> list[Found]:
     """Everything that is wrong, by this page, by `verify`, and by what was seen as it happened."""
     # Copies, so that each query reads them once: the trail is a view that is told anew each time.
-    db.execute(f"CREATE TEMP TABLE kept AS SELECT * FROM commandbus.commands WHERE domain = '{DOMAIN}'")
-    db.execute(f"CREATE TEMP TABLE trail AS SELECT * FROM commandbus.audit_trail WHERE domain = '{DOMAIN}'")
+    db.execute(f"CREATE TEMP TABLE kept AS SELECT c.*, (c.data ->> 'number')::integer AS number"
+               f" FROM commandbus.commands c WHERE c.domain = '{DOMAIN}'")  # fmt: skip
+    db.execute(f"CREATE TEMP TABLE told AS SELECT * FROM commandbus.commands WHERE domain <> '{DOMAIN}'")
+    db.execute("CREATE TEMP TABLE trail AS SELECT * FROM commandbus.audit_trail")
     db.execute("CREATE INDEX ON kept (command_id)")
     db.execute("CREATE INDEX ON trail (command_id)")
-    db.execute("ANALYZE kept, trail, chaos.note, chaos.effect")
+    db.execute("ANALYZE kept, told, trail, chaos.planned, chaos.note, chaos.effect")
     found = [Found(name, str(row[0])) for name, query in CHECKS.items() for row in db.execute(query.encode())]
     found += [Found(f"verify: {row[0]}", f"{row[1]}: {row[2]}") for row in db.execute(
         "SELECT violation, command_id, detail FROM commandbus.verify_v1()")]  # fmt: skip

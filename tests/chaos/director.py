@@ -37,7 +37,9 @@ _AT_ONCE = 16  # faults
 _SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 
 _FINISHED = """
-SELECT (SELECT count(*) FROM commandbus.command_history), (SELECT count(*) FROM commandbus.command)"""
+SELECT (SELECT count(*) FROM commandbus.command_history),
+       (SELECT count(*) FROM commandbus.command) + (SELECT count(*) FROM commandbus.batch WHERE finished_at IS NULL)
+           + (SELECT count(*) FROM commandbus.process WHERE finished_at IS NULL)"""
 _PROGRESS = f"SELECT status, count(*) FROM commandbus.commands WHERE domain = '{DOMAIN}' GROUP BY 1 ORDER BY 1"
 _SESSIONS = """
 SELECT pid || ' ' || state || ': ' || left(query, 80) FROM pg_stat_activity

@@ -13,7 +13,7 @@ import psycopg
 from commandbus import Command, CommandBusError, CommandStateError, DatabaseUnavailableError, TroubleshootingQueue
 from tests import blocking
 from tests.chaos.journal import Journal
-from tests.chaos.plan import DOMAIN, OPERATORS, POISONS
+from tests.chaos.plan import DOMAIN, OPERATORS, POISONS, PROCESSES, TOLD
 from tests.chaos.sender import open_bus
 
 STOP = "stop"
@@ -33,24 +33,25 @@ class Operator:
     async def work(self, until: Path) -> None:
         """Act on what is parked until this file exists."""
         while not await asyncio.to_thread(until.exists):
-            try:
-                page = await self._queue.list_troubleshooting(DOMAIN, limit=_AT_ONCE)
-            except (DatabaseUnavailableError, psycopg.OperationalError):
-                page = ()
-            await asyncio.gather(*(self._act(command) for command in page))
+            for domain in (DOMAIN, TOLD, PROCESSES):
+                try:
+                    page = await self._queue.list_troubleshooting(domain, limit=_AT_ONCE)
+                except (DatabaseUnavailableError, psycopg.OperationalError):
+                    page = ()
+                await asyncio.gather(*(self._act(command) for command in page))
             await asyncio.sleep(_PAUSE)
 
     async def _act(self, command: Command) -> None:
         # Each operator has an opinion of its own on each time that a command is parked.
         chance = random.Random(f"{self._seed} {self._journal.who} {command.command_id} {command.delivery}")
         verbs = ("cancel", "complete") if command.command_type in POISONS else ("retry", "retry", "cancel", "complete")
-        verb = chance.choice(verbs)
+        verb = chance.choice(verbs) if command.domain == DOMAIN else "retry"  # replies: each is to be handled
         arguments: dict[str, Any] = {"operator": self._journal.who, "reason": "chaos"}
-        if verb == "retry":
+        if verb == "retry" and command.domain == DOMAIN:
             arguments["data"] = {**command.data, "mended": True}
         outcome = "won"
         try:
-            await getattr(self._queue, f"operator_{verb}")(DOMAIN, command.command_id, **arguments)
+            await getattr(self._queue, f"operator_{verb}")(command.domain, command.command_id, **arguments)
         except CommandStateError:
             outcome = "lost"
         except (DatabaseUnavailableError, psycopg.OperationalError):

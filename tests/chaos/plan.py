@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
 DOMAIN = "chaos"
+TOLD = "chaos.told"
+"""The domain that is told: replies come here, and what batches send at their end."""
+
+PROCESSES = "chaos.processes"
 LEASE = 1.5  # seconds; at 1 s, the shortest, a busy machine loses leases without any fault
 WORKERS = 6  # half [async], half [sync]
 SENDERS = 2  # as well
@@ -19,7 +24,10 @@ _ZOMBIES = 0.12  # of the commands are held for 0.5 to 2.2 leases without renewa
 _FAULT_EVERY = 1.7  # seconds
 _COMMANDS_PER_SECOND = 65
 
-EFFECTS = ("Effect", "ZombieEffect")
+UNDO = "Undo"
+"""The kind that undoes a step of a process."""
+
+EFFECTS = ("Effect", "ZombieEffect", UNDO)
 """The kinds whose handlers are transactional and write one row."""
 
 ZOMBIES = ("Zombie", "ZombieEffect")
@@ -39,13 +47,22 @@ _MIX = {"Effect": 0.3, "Flaky": 0.08, "Refused": 0.05, "Broken": 0.02, "Failing"
 KINDS = ("Plain", *_MIX, *POISONS)
 
 WAYS = {
-    "once": 70,
+    "once": 34,
     "again": 8,  # and once more when it is there: a duplicate
     "twins": 8,  # by two senders at the same moment
     "conflict": 3,  # and once more with other data: refused
     "minted": 5,  # with an id that the library makes
     "committed": 3,  # in a transaction of the caller's
+    "replied": 12,  # with a reply to a domain of its own
+    "called": 8,  # and its end is waited for
+    "batch": 12,  # in a batch, which tells of its end
+    "process": 8,  # as one of the steps of a process, each of which has an undo
 }
+GROUPS = {"batch": 20, "process": 3}
+"""The ways in which so many are sent together; the last group of a run may be smaller."""
+
+_REFUSED_LAST = 0.3  # of the processes end with a step that is refused
+_TWIN_GROUPS = 0.25  # of them are sent by two senders at the same moment
 _ROLLED_BACK = 0.03  # for each command that is sent, so many more are, in a transaction that comes to nothing
 
 FAULTS = {
@@ -72,12 +89,15 @@ class Planned:
     way: str
     at: float
     data: dict[str, Any]
+    group: UUID | None = None
+    """The id of its batch or process, which is sent with the first of its commands."""
+    twins: bool = False
 
     @property
     def senders(self) -> tuple[int, ...]:
         """Who sends it."""
         first = self.number % SENDERS
-        return (first, (first + 1) % SENDERS) if self.way == "twins" else (first,)
+        return (first, (first + 1) % SENDERS) if self.twins else (first,)
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,15 @@ class Plan:
     commands: tuple[Planned, ...]
     faults: tuple[Fault, ...]
 
+    @cached_property
+    def groups(self) -> dict[UUID, list[Planned]]:
+        """What is sent together, in order."""
+        found: dict[UUID, list[Planned]] = {}
+        for each in self.commands:
+            if each.group is not None:
+                found.setdefault(each.group, []).append(each)
+        return found
+
 
 def make(seed: int, commands: int, faults: int) -> Plan:
     """Draw a plan: the same for the same arguments. Sends that are rolled back come on top."""
@@ -110,10 +139,12 @@ def make(seed: int, commands: int, faults: int) -> Plan:
     ways = [chance.choices([*WAYS], [*WAYS.values()])[0] if kind not in POISONS else "once" for kind in kinds]
     sends = [*zip(kinds, ways, strict=True), *[("Plain", "rolled back")] * math.ceil(_ROLLED_BACK * commands)]
     chance.shuffle(sends)
-    planned = tuple(_command(number, *send, seconds, chance) for number, send in enumerate(sends))
+    planned = [_command(number, *send, seconds, chance) for number, send in enumerate(sends)]
+    for way, size in GROUPS.items():
+        _group([each.number for each in planned if each.way == way], size, planned, chance)
     struck = tuple(_fault((number + 0.5) * seconds / faults, kind, chance)
                    for number, kind in enumerate(_fault_kinds(faults, chance)))  # fmt: skip
-    return Plan(seed, (seed, commands, faults), seconds, planned, struck)
+    return Plan(seed, (seed, commands, faults), seconds, tuple(planned), struck)
 
 
 def _kind(number: int, commands: int, chance: random.Random) -> str:
@@ -133,7 +164,17 @@ def _command(number: int, kind: str, way: str, seconds: float, chance: random.Ra
         data["failures"] = chance.randint(1, MAX_ATTEMPTS - 1)
     command_id = UUID(int=chance.getrandbits(128), version=4)
     latest = seconds / 2 if kind in POISONS else seconds  # three crashes take their time
-    return Planned(number, command_id, kind, way, round(chance.uniform(0, latest), 3), data)
+    return Planned(number, command_id, kind, way, round(chance.uniform(0, latest), 3), data, twins=way == "twins")
+
+
+def _group(numbers: list[int], size: int, planned: list[Planned], chance: random.Random) -> None:
+    """Put these together, so many each time; a group is sent at the moment of its first."""
+    for start in range(0, len(numbers), size):
+        group, twins = UUID(int=chance.getrandbits(128), version=4), chance.random() < _TWIN_GROUPS
+        for number in numbers[start : start + size]:
+            planned[number] = replace(planned[number], at=planned[numbers[start]].at, group=group, twins=twins)
+        if planned[number].way == "process" and chance.random() < _REFUSED_LAST:
+            planned[number] = replace(planned[number], kind="Refused")
 
 
 def _fault_kinds(faults: int, chance: random.Random) -> list[str]:

@@ -18,8 +18,9 @@ _NOTE = ("what", "who", "command_id", "number", "delivery", "verb", "outcome")
 SCHEMA = """
 CREATE SCHEMA chaos;
 CREATE TABLE chaos.effect (command_id uuid NOT NULL, delivery bigint NOT NULL);
+CREATE TABLE chaos.reply (command_id uuid NOT NULL, status text NOT NULL);
 CREATE TABLE chaos.planned (
-    number integer PRIMARY KEY, command_id uuid NOT NULL, kind text NOT NULL, way text NOT NULL);
+    number integer PRIMARY KEY, command_id uuid NOT NULL, kind text NOT NULL, way text NOT NULL, group_id uuid);
 CREATE TABLE chaos.fault (kind text NOT NULL, began timestamptz NOT NULL, ended timestamptz NOT NULL, pid integer);
 CREATE TABLE chaos.note (
     at timestamptz NOT NULL, what text NOT NULL, who text NOT NULL, command_id uuid, number integer, delivery bigint,
@@ -38,7 +39,7 @@ def keep_plan(db: Db, plan: Plan) -> None:
     """Keep what was to be sent."""
     with db.cursor().copy("COPY chaos.planned FROM STDIN") as copy:
         for each in plan.commands:
-            copy.write_row((each.number, each.command_id, each.kind, each.way))
+            copy.write_row((each.number, each.command_id, each.kind, each.way, each.group))
 
 
 def keep_faults(db: Db, faults: Iterable[Struck]) -> None:

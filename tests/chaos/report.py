@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from tests.chaos.check import Found
-from tests.chaos.plan import LEASE, Plan
+from tests.chaos.plan import LEASE, TOLD, UNDO, Plan
 from tests.chaos.records import Db
 
 TAKEOVER_SECONDS = LEASE + LEASE / 6 + 1
@@ -46,6 +46,11 @@ _COUNTS = {
         WHERE n.what = 'refused' OR n.what = 'foreign' AND n.outcome = 'lost'""",
     "given_up_as_late": "SELECT count(*) FROM chaos.note WHERE what = 'late'",
     "parked": "SELECT count(*) FROM trail WHERE to_status = 'IN_TROUBLESHOOTING_QUEUE'",
+    "batches": "SELECT count(*) FROM commandbus.batches",
+    "replies": f"SELECT count(*) FROM told WHERE command_type = 'Reply' AND domain = '{TOLD}'",
+    "calls": "SELECT count(*) FROM chaos.note WHERE what = 'called'",
+    "processes": "SELECT count(*) FROM commandbus.processes",
+    "processes_not_completed": "SELECT count(*) FROM commandbus.processes WHERE status <> 'COMPLETED'",
     "operators_won": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'won'",
     "operators_lost": "SELECT count(*) FROM chaos.note WHERE what = 'operator' AND outcome = 'lost'",
 }
@@ -61,7 +66,7 @@ def figures(db: Db, plan: Plan, found: list[Found], seconds: float) -> dict[str,
     return {
         "seed": plan.seed,
         "commands": column("SELECT count(*) FROM chaos.planned WHERE way <> 'rolled back'")[0],
-        "accepted": column("SELECT count(*) FROM kept")[0],
+        "accepted": column(f"SELECT count(*) FROM kept WHERE command_type <> '{UNDO}'")[0],
         "faults": kinds.total(),
         "faults_by_kind": dict(sorted(kinds.items())),
         **{name: column(query)[0] for name, query in _COUNTS.items()},

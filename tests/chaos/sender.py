@@ -25,9 +25,9 @@ from commandbus import (
     SendTimeoutError,
 )
 from tests import blocking
-from tests.chaos import plan
+from tests.chaos import groups, plan
 from tests.chaos.journal import Journal, read
-from tests.chaos.plan import DOMAIN, Planned
+from tests.chaos.plan import DOMAIN, TOLD, Planned
 
 SETTLED = ("accepted", "duplicate", "withdrawn", "rolled back", "given up")
 """Outcomes after which a command is not sent again."""
@@ -40,10 +40,11 @@ _PAUSE = 0.2  # seconds before an id is repeated
 class Sender:
     """Sends commands at their moments, each in a task of its own, and notes what it is told."""
 
-    def __init__(self, bus: Any, dsn: str, journal: Journal) -> None:  # noqa: ANN401 - of either half
+    def __init__(self, bus: Any, dsn: str, journal: Journal, drawn: plan.Plan) -> None:  # noqa: ANN401 - of either half
         self._bus = bus
         self._dsn = dsn
         self._journal = journal
+        self._groups = drawn.groups
 
     async def send(self, planned: Planned, at: float) -> None:
         """Send one until its outcome is known. `at`: in seconds since the epoch."""
@@ -67,10 +68,7 @@ class Sender:
             own_id = None
         while True:
             try:
-                if planned.way == "committed":
-                    receipt = await self._in_transaction(planned, commit=True)
-                else:
-                    receipt = await self._bus.send(DOMAIN, planned.kind, planned.data, command_id=own_id)
+                receipt_id, duplicate = await self._send_in_its_way(planned, own_id)
             except OutcomeUnknownError as error:
                 own_id = error.command_id
                 self._note(planned, "unknown", own_id)
@@ -85,7 +83,24 @@ class Sender:
                 self._journal.note("blame", verb="sender_error", outcome=f"{type(error).__name__}: {error}")
                 return "given up"
             else:
-                return self._note(planned, "duplicate" if receipt.duplicate else "accepted", receipt.command_id)
+                return self._note(planned, "duplicate" if duplicate else "accepted", receipt_id)
+
+    async def _send_in_its_way(self, planned: Planned, own_id: UUID | None) -> tuple[UUID, bool]:
+        """Send one, or its group; returns the id of what was sent, and whether it was there already."""
+        what = (DOMAIN, planned.kind, planned.data)
+        match planned.way:
+            case "committed":
+                receipt = await self._in_transaction(planned, commit=True)
+            case "called":
+                reply = await groups.call(self._bus, *what, planned.command_id)
+                self._journal.note("called", command_id=reply.command_id, outcome=reply.status)
+                return reply.command_id, False  # of which nobody is told; it is noted once
+            case "batch" | "process" if planned.group is not None:
+                return await groups.SEND[planned.way](self._bus, planned.group, self._groups[planned.group])
+            case way:
+                reply_to = TOLD if way == "replied" else None
+                receipt = await self._bus.send(*what, command_id=own_id, reply_to=reply_to)
+        return receipt.command_id, receipt.duplicate
 
     async def _try_rolled_back(self, planned: Planned) -> str:
         try:
@@ -152,7 +167,8 @@ async def main(number: int, dsn: str, journals: Path, drawn: plan.Plan) -> None:
     """Send what this sender has to send and has not sent."""
     who = f"sender-{number}"
     known = {note["number"] for note in read(journals, who) if note.get("outcome") in SETTLED}
-    mine = [each for each in drawn.commands if number in each.senders and each.number not in known]
+    mine = [each for each in drawn.commands if number in each.senders and each.number not in known
+            and (each.group is None or drawn.groups[each.group][0] is each)]  # fmt: skip
     journal = Journal(journals, who)
     bus = await open_bus(number, dsn)
     journal.note("started")
@@ -163,7 +179,7 @@ async def main(number: int, dsn: str, journals: Path, drawn: plan.Plan) -> None:
     for planned in mine:
         if began + planned.at < time.time():  # the one before may have sent it, and was killed
             journal.note("sent", number=planned.number, command_id=planned.command_id, outcome="unknown")
-    sender = Sender(bus, dsn, journal)
+    sender = Sender(bus, dsn, journal, drawn)
     try:
         await asyncio.gather(*(sender.send(planned, began + planned.at) for planned in mine))
     finally:

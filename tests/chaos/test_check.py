@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from uuid import UUID
 
 import pytest
 
+from commandbus import BusinessRuleError, Command, CommandBus
+from commandbus.handlers import BlockingContext
+from commandbus.testing import Harness
 from tests.bus.support import Connection, complete, expire, fail, lease, one
 from tests.chaos import plan, records
+from tests.chaos.behaviour import EFFECT
 from tests.chaos.check import CHECKS, check
-from tests.chaos.plan import DOMAIN, Planned
+from tests.chaos.journal import Journal, read
+from tests.chaos.plan import DOMAIN, TOLD, Planned
+from tests.chaos.sender import Sender
+from tests.chaos.worker import registry_of
 
 STRANGER = UUID(int=1)
 
@@ -55,6 +64,34 @@ def canceled(db: Connection, kind: str = "Broken") -> UUID:
     cancel(db, command_id)
     note(db, "operator", "operator-0", command_id, verb="cancel", outcome="won")
     return command_id
+
+
+def handle(command: Command, context: BlockingContext[object]) -> None:
+    if context.connection is not None:
+        context.connection.execute(EFFECT, (command.command_id, context.delivery))
+    if command.command_type == "Refused":
+        raise BusinessRuleError("REFUSED", "no")
+
+
+async def play(dsn: str, folder: Path) -> plan.Plan:
+    """Send in each of the ways that tell of an end, as a sender does, and run all to its end."""
+    groups = {None: [("Plain", "replied"), ("Plain", "called")],
+              UUID(int=1): [("Plain", "batch"), ("Refused", "batch")],
+              UUID(int=2): [("Effect", "process"), ("Effect", "process"), ("Refused", "process")],
+              UUID(int=3): [("Plain", "process"), ("Effect", "process")]}  # fmt: skip
+    sends = [(group, *send) for group, sends in groups.items() for send in sends]
+    planned = [Planned(number, UUID(int=number), kind, way, 0.0, {"number": number}, group)
+               for number, (group, kind, way) in enumerate(sends, start=100)]  # fmt: skip
+    drawn, journal = plan.Plan(1, (1, 1, 1), 1.0, tuple(planned), ()), Journal(folder, "sender-0")
+    firsts = [each for each in planned if each.group is None or drawn.groups[each.group][0] is each]
+    async with CommandBus(dsn) as bus, Harness(bus, registry_of(journal, handle, handle)) as harness:
+        sender = Sender(bus, dsn, journal, drawn)
+        sending = asyncio.gather(*(sender.send(each, 0) for each in firsts))
+        while not sending.done():
+            await harness.run_until_idle()
+        await sending
+        await harness.run_until_idle()
+    return drawn
 
 
 # ---------------------------------------------------------------------------------------------- what is broken
@@ -148,12 +185,64 @@ def event_without_action(db: Connection) -> None:
     cancel(db, parked(db))
 
 
+def not_one_reply(db: Connection) -> None:
+    db.execute("DELETE FROM commandbus.command_history WHERE domain = %s AND command_type = 'Reply'", [TOLD])
+
+
+def reply_not_handled_once(db: Connection) -> None:
+    db.execute("INSERT INTO chaos.reply SELECT * FROM chaos.reply")
+
+
+def called_otherwise(db: Connection) -> None:
+    db.execute("UPDATE chaos.note SET outcome = 'FAILED' WHERE what = 'called'")
+
+
+def called_without_return(db: Connection) -> None:
+    db.execute("DELETE FROM chaos.note WHERE what = 'called'")
+
+
+def batch_miscounted(db: Connection) -> None:
+    db.execute("UPDATE commandbus.batch SET completed = 2, failed = 0")
+
+
+def batch_not_ended_once(db: Connection) -> None:
+    db.execute("INSERT INTO commandbus.command_history SELECT * FROM commandbus.command_history"
+               " WHERE command_type = 'Announce'")  # fmt: skip
+
+
+def batch_end_not_handled(db: Connection) -> None:
+    db.execute("DELETE FROM chaos.note WHERE what = 'announced'")
+
+
+def process_unexplained(db: Connection) -> None:
+    """Undone in the order in which it was done."""
+    db.execute("UPDATE commandbus.process_step SET of_number = 3 - of_number WHERE kind = 'undo'")
+
+
+def step_twice(db: Connection) -> None:
+    number = one(db, "SELECT max(number) FROM chaos.planned WHERE way = 'process' AND kind = 'Effect'")
+    rows = f'[{{"domain":"{DOMAIN}","command_type":"Effect","command_id":"{STRANGER}","data":{{"number":{number}}}}}]'
+    db.execute("SELECT commandbus.send_v1(%s, NULL)", [rows])
+
+
+def effect_twice(db: Connection) -> None:
+    """Under another id, which the fence of a command cannot see."""
+    db.execute("""UPDATE commandbus.command_history SET data = data || '{"number": 0}' WHERE command_type = 'Effect'""")
+
+
 BREAKS: dict[str, Callable[[Connection], None]] = {
     function.__name__: function
     for function in (
         lost, rolled_back_but_sent, withdrawn_but_sent, accepted_twice, nobody_sent, unsettled, not_one_end, wrong_end,
         too_many_attempts, too_many_crashes, double_effect, effect_without_completion, completion_without_effect,
         poison_not_parked, innocent_parked, stale_write_accepted, action_without_one_event, event_without_action,
+    )
+}  # fmt: skip
+BREAKS_OF_ENDS: dict[str, Callable[[Connection], None]] = {
+    function.__name__: function
+    for function in (
+        not_one_reply, reply_not_handled_once, called_otherwise, called_without_return, batch_miscounted,
+        batch_not_ended_once, batch_end_not_handled, process_unexplained, step_twice, effect_twice,
     )
 }  # fmt: skip
 
@@ -165,6 +254,14 @@ def sound(db: Connection) -> Connection:
     booked(db)
     canceled(db)
     return db
+
+
+@pytest.fixture
+def ended(sound: Connection, dsn: str, tmp_path: Path) -> Connection:
+    """The same, with a reply, a call, a batch, and a process of each end."""
+    records.keep_plan(sound, asyncio.run(play(dsn, tmp_path)))
+    records.keep_notes(sound, read(tmp_path))
+    return sound
 
 
 def violations(db: Connection) -> set[str]:
@@ -182,8 +279,19 @@ def test_each_check_sees_what_it_is_named_for(sound: Connection, name: str) -> N
     assert name in violations(sound)
 
 
+def test_where_all_has_ended_well_nothing_is_found(ended: Connection) -> None:
+    assert violations(ended) == set()
+
+
+@pytest.mark.corrupts
+@pytest.mark.parametrize("name", BREAKS_OF_ENDS)
+def test_each_check_of_ends_sees_what_it_is_named_for(ended: Connection, name: str) -> None:
+    BREAKS_OF_ENDS[name](ended)
+    assert name in violations(ended)
+
+
 def test_each_check_has_its_test() -> None:
-    assert BREAKS.keys() == CHECKS.keys()
+    assert {**BREAKS, **BREAKS_OF_ENDS}.keys() == CHECKS.keys()
 
 
 def test_an_innocent_that_a_fault_explains_is_none(sound: Connection) -> None:

@@ -18,13 +18,16 @@ from commandbus import (
     DatabaseUnavailableError,
     HandlerContext,
     HandlerRegistry,
+    Reply,
     RetryPolicy,
     Worker,
 )
+from commandbus.handlers import BlockingContext
 from commandbus.sync import SyncCommandBus, SyncHandlerContext, SyncWorker
-from tests.chaos.behaviour import EFFECT, Delivery
+from tests.chaos.behaviour import EFFECT, REPLY, Delivery
+from tests.chaos.groups import ANNOUNCE, Chain
 from tests.chaos.journal import Journal
-from tests.chaos.plan import DOMAIN, EFFECTS, KINDS, LEASE, MAX_ATTEMPTS
+from tests.chaos.plan import DOMAIN, EFFECTS, KINDS, LEASE, MAX_ATTEMPTS, TOLD, UNDO
 
 NOT_STARTED = 75
 """The exit code of a worker that found no database at its start; it has not worked."""
@@ -45,11 +48,23 @@ _TOLD = {
 
 
 def registry_of(journal: Journal, handle: Callable[..., Any], book: Callable[..., Any]) -> HandlerRegistry:
-    """A handler for each kind: `book` for those that are transactional."""
+    """A handler for each kind, `book` for those that are transactional; and for who is told, and the processes."""
     registry = HandlerRegistry()
-    for kind in KINDS:
+    for kind in (*KINDS, UNDO):
         function = book if kind in EFFECTS else handle
         registry.handler(DOMAIN, kind, transactional=kind in EFFECTS, retry=_RETRY)(function)
+
+    @registry.handler(TOLD, "Reply", transactional=True, retry=_RETRY)
+    def keep(command: Command, context: BlockingContext[Any]) -> None:
+        reply = Reply.of(command)
+        assert context.connection is not None
+        context.connection.execute(REPLY, (reply.command_id, reply.status))
+
+    @registry.handler(TOLD, ANNOUNCE, retry=_RETRY)
+    def announce(command: Command, _context: BlockingContext[Any]) -> None:
+        journal.note("announced", command_id=command.correlation_id)
+
+    registry.register_process(Chain)
     return registry
 
 
@@ -70,7 +85,8 @@ def work_async(dsn: str, journal: Journal) -> None:
 
     async def work() -> None:
         async with CommandBus(dsn) as bus:
-            await Worker(bus, DOMAIN, registry_of(journal, handle, book), concurrency=12, **_OPTIONS).run()
+            registry = registry_of(journal, handle, book)
+            await Worker(bus, registry.domains, registry, concurrency=12, **_OPTIONS).run()
 
     asyncio.run(work())
 
@@ -91,7 +107,8 @@ def work_sync(dsn: str, journal: Journal) -> None:
         return delivery.end()
 
     with SyncCommandBus(dsn) as bus:
-        SyncWorker(bus, DOMAIN, registry_of(journal, handle, book), thread_pool_size=12, **_OPTIONS).run()
+        registry = registry_of(journal, handle, book)
+        SyncWorker(bus, registry.domains, registry, thread_pool_size=12, **_OPTIONS).run()
 
 
 class _Watch(logging.Handler):

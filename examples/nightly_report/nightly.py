@@ -44,8 +44,8 @@ def main(day: str, shops: int) -> int:
         if not batch.done or batch.on_complete is None:
             print(f"look at them, then: commandbus batch retry reports {batch.batch_id}")
             return 1
-        report = bus.wait(batch.on_complete, timeout=timedelta(minutes=5))
-    print(f"{day}: {report.data}")
+        report = bus.wait(batch.on_complete, timeout=timedelta(minutes=5)).data
+    print(f"{day}: {report['total']} from {report['shops']} shops, {report['missing']} missing")
     return 0
 
 

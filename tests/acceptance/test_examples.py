@@ -158,7 +158,7 @@ def test_the_nightly_report_waits_for_a_person(dsn: str, db: psycopg.Connection,
         night.run(*advice.partition(": ")[2].split(), "--operator", "ana", "--reason", "the letter O is a zero")
         *_, last, report = night.run("python", "nightly.py", "2026-01-05", "300").splitlines()
         assert last == "100.0% of 300 shops, 0 in trouble"
-        assert report == "2026-01-05: {'total': '3750.00', 'shops': 300, 'missing': 0}"
+        assert report == "2026-01-05: 3750.00 from 300 shops, 0 missing"
 
 
 def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ class Waits:
         while self._hinted and len(found) < _MAX_KEYS:
             command_id = next(iter(self._hinted))
             del self._hinted[command_id]
-            found += self._waits.get(command_id, ())
+            found += [wait for wait in self._waits.get(command_id, ()) if not wait.ended.done()]
         now = asyncio.get_running_loop().time()
         if not found and self._due and self._due[0][0] > now:
             return []

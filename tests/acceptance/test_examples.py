@@ -59,17 +59,20 @@ class Example:
             }
         )
 
-    def run(self, *arguments: str) -> str:
-        """Run a program to its end and return what it printed."""
+    def run(self, *arguments: str, code: int = 0) -> str:
+        """Run a program to its end, with this code, and return what it printed."""
         done = subprocess.run(
             arguments, cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=60, check=False
         )
-        assert (done.returncode, done.stderr) == (0, ""), done
+        assert (done.returncode, done.stderr) == (code, ""), done
         return done.stdout
 
     @contextmanager
-    def running(self, *arguments: str) -> Iterator[Path]:
-        """Run a program in the background, and stop it with SIGTERM. Gives the file with all that it says."""
+    def running(self, *arguments: str, told: Sequence[str] = ()) -> Iterator[Path]:
+        """Run a program in the background, and stop it with SIGTERM. Gives the file with all that it says.
+
+        `told`: the words of trouble in it.
+        """
         log = self._logs / f"{arguments[0]}-{len(list(self._logs.iterdir()))}.log"
         with log.open("wb") as file, ExitStack() as stack:
             process = subprocess.Popen(
@@ -80,7 +83,9 @@ class Example:
             yield log
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, log.read_text()
-        assert re.findall(r"Traceback|\bWARNING|\bERROR|\bCRITICAL|Warning:", log.read_text()) == [], log.read_text()
+        assert re.findall(r"Traceback|\bWARNING|\bERROR|\bCRITICAL|Warning:", log.read_text()) == [*told], (
+            log.read_text()
+        )
 
     @contextmanager
     def serving(self, *arguments: str) -> Iterator[tuple[int, Path]]:
@@ -136,10 +141,24 @@ def test_flask_under_gunicorn(arguments: Sequence[str], dsn: str, db: psycopg.Co
     assert ("in the master: 400 sent" in log.read_text()) is used
 
 
-@pytest.mark.parametrize("example", ["flask_app", "ledger"])
+@pytest.mark.parametrize("example", ["flask_app", "ledger", "nightly_report"])
 def test_the_examples_own_tests(example: str, dsn: str, tmp_path: Path) -> None:
     said = Example(example, dsn, tmp_path).run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     assert re.search(r"^\d+ passed in", said, re.MULTILINE), said
+
+
+def test_the_nightly_report_waits_for_a_person(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:
+    night = Example("nightly_report", dsn, tmp_path)
+    night.run("python", "make_sales.py", "2026-01-05", "300")
+    with night.running("python", "report.py", told=["ERROR"]):
+        *_, last, advice = night.run("python", "nightly.py", "2026-01-05", "300", code=1).splitlines()
+        assert last == "99.7% of 300 shops, 1 in trouble"
+
+        db.execute("update nightly.sale set amount = '10.00' where amount = '1O.00'")
+        night.run(*advice.partition(": ")[2].split(), "--operator", "ana", "--reason", "the letter O is a zero")
+        *_, last, report = night.run("python", "nightly.py", "2026-01-05", "300").splitlines()
+        assert last == "100.0% of 300 shops, 0 in trouble"
+        assert report == "2026-01-05: 3750.00 from 300 shops, 0 missing"
 
 
 def test_django(dsn: str, db: psycopg.Connection, tmp_path: Path) -> None:

@@ -242,6 +242,27 @@ async def test_ten_thousand_waits_are_one_statement_at_a_time(
     assert sessions <= before + 2  # the listener, and a connection of the pool
 
 
+@async_only("asks the database itself")
+async def test_what_is_heard_of_while_its_end_is_found_is_not_looked_at_again(
+    bus: CommandBus, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when listening begins: a program that ends then would cut that look off, and the pool warns of that."""
+    receipt = await bus.send(DOMAIN, "Debit", {})
+    assert complete(db, lease(db, "Debit"), 7) == "done"
+    looks: list[object] = []
+    repeat = Database.repeat
+
+    async def heard_meanwhile(database: Database, call: object, *args: object) -> object:
+        looks.append(call)
+        found = await repeat(database, call, *args)  # type: ignore[arg-type]
+        bus._waits._hear("")
+        return found
+
+    monkeypatch.setattr(Database, "repeat", heard_meanwhile)
+    assert (await bus.wait(receipt, timeout=LONG)).data == 7
+    assert len(looks) == 1
+
+
 @direct_only
 async def test_who_calls_is_told_of_the_end(bus: CommandBus, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing but notifications to go by: looks are an hour apart."""

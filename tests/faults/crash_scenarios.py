@@ -21,7 +21,7 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 
 from commandbus.migrate import migrations
-from tests.bus.support import fail, lease, one, rows
+from tests.bus.support import complete, fail, lease, one, rows
 from tests.faults import crash_programs
 from tests.faults.crash_points import CallProxy, Fault, Point
 from tests.faults.crash_programs import Part
@@ -52,6 +52,17 @@ def state(db: Connection, domain: str) -> tuple[str, ...]:
         db, "SELECT concat('effect ', count(*)) FROM public.effect WHERE domain = %s GROUP BY command_id", domain
     )
     return tuple(text for (text,) in (*commands, *effects))
+
+
+def batch(db: Connection, domain: str) -> tuple[str, ...]:
+    """All that a run must leave the same of a batch: its commands, the one at its end too, its counts and its end."""
+    found = rows(
+        db,
+        "SELECT concat_ws(' ', total, completed, failed, canceled, in_trouble, open, finished_at IS NOT NULL) "
+        "FROM commandbus.batches WHERE domain = %s",
+        domain,
+    )
+    return (*state(db, domain), *(text for (text,) in found))
 
 
 def course(db: Connection, domain: str) -> tuple[str, ...]:
@@ -113,10 +124,33 @@ def _sent(db: Connection, part: Part) -> None:
 
 
 def _send(db: Connection, part: Part, count: int) -> None:
-    commands = [
-        {"domain": part.domain, "command_type": "Note", "command_id": str(part.id(n)), "data": n} for n in range(count)
-    ]
-    db.execute("SELECT commandbus.send_v1(%s)", [json.dumps(commands)])
+    db.execute("SELECT commandbus.send_v1(%s)", [_notes(part, *range(count))])
+
+
+def _notes(part: Part, *numbers: int) -> str:
+    return json.dumps(
+        [{"domain": part.domain, "command_type": "Note", "command_id": str(part.id(n)), "data": n} for n in numbers]
+    )
+
+
+def _batch(*, parked: bool = False) -> Callable[[Connection, Part], None]:
+    """A batch of three, of which the last is left to be done; or all of them are parked."""
+
+    def prepare(db: Connection, part: Part) -> None:
+        key = (part.domain, part.id(9))
+        last = json.dumps({"domain": part.domain, "command_type": "Follow", "data": "all"})
+        db.execute("SELECT commandbus.create_batch_v1(%s, %s, NULL, %s, '')", [*key, last])
+        for numbers in ((0, 1), (2,)):  # what is added in one call is claimed in any order
+            db.execute("SELECT commandbus.add_to_batch_v1(%s, %s, %s)", [*key, _notes(part, *numbers)])
+        db.execute("SELECT commandbus.close_batch_v1(%s, %s)", key)
+        for _ in range(3 if parked else 2):
+            item = lease(db, "Note", domain=part.domain)
+            if parked:
+                fail(db, item, "PERMANENT", domain=part.domain)
+            else:
+                complete(db, item, "before", domain=part.domain)
+
+    return prepare
 
 
 def _expired(db: Connection, part: Part) -> None:
@@ -143,6 +177,8 @@ def at_first_version(db: Connection, part: Part) -> None:
 
 
 _DONE = "Note 0 COMPLETED 0 -"
+_OTHERS = ('Note 0 COMPLETED "before" -', 'Note 1 COMPLETED "before" -')
+_TOLD = 'Follow "all" COMPLETED "all" -'
 _ENDED = {
     name: (("step", f"{status} {effects}"), ("deadline", "CANCELED 0"))
     for name, status, effects in (("a", "COMPLETED", 1), ("b", "COMPLETED", 1), ("c", "FAILED", 0))
@@ -189,6 +225,27 @@ SCENARIOS = {
         ),
         _started,
         state=course,
+    ),
+    "end batch": Scenario(
+        "complete", (_TOLD, *_OTHERS, "Note 2 COMPLETED 2 -", "3 3 0 0 0 0 t"), _batch(), state=batch
+    ),
+    "refuse in batch": Scenario(
+        "refuse", (_TOLD, *_OTHERS, "Note 2 FAILED - NO", "3 2 1 0 0 0 t"), _batch(), state=batch
+    ),
+    "park in batch": Scenario(
+        "park", (*_OTHERS, "Note 2 IN_TROUBLESHOOTING_QUEUE - BROKEN", "3 2 0 0 1 0 f"), _batch(), state=batch
+    ),
+    "operate in batch": Scenario(
+        "operate",
+        ('Note "new" PENDING - -', "Note 1 CANCELED - X", 'Note 2 COMPLETED "by hand" -', "3 1 0 1 0 1 f"),
+        _batch(parked=True),
+        state=batch,
+    ),
+    "operate on all of batch": Scenario(
+        "operate_many",
+        ('Follow "all" PENDING - -', *(f"Note {n} CANCELED - X" for n in range(3)), "3 0 0 3 0 0 t"),
+        _batch(parked=True),
+        state=batch,
     ),
     "complete own": Scenario("complete_own", (_DONE, "effect 1"), _sent),
 }

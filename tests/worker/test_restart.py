@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from commandbus import (
@@ -18,6 +19,7 @@ from commandbus import (
     HandlerRegistry,
     OutcomeUnknownError,
     Receipt,
+    SendRequest,
     Worker,
 )
 from commandbus.embedded import EmbeddedPostgres
@@ -100,3 +102,34 @@ async def test_a_database_restarted_in_mid_run_loses_nothing(own_server: Embedde
         assert await bus.count() >= len(sent)
     assert len(sent) > 50
     assert set(runs) >= {command.data for command in commands}
+
+
+@pytest.mark.parametrize("moment", ["before it", "before its commit", "after its commit"])
+async def test_a_crash_at_the_completion_that_ends_a_batch_changes_no_count(
+    moment: str, own_server: EmbeddedPostgres
+) -> None:
+    crashed = asyncio.Event()
+
+    async def reach(here: str) -> None:
+        if here == moment and not crashed.is_set():
+            await asyncio.to_thread(crash, own_server)
+            crashed.set()
+
+    async def last(command: Command, context: HandlerContext) -> None:
+        await reach("before it")
+        async with await psycopg.AsyncConnection.connect(own_server.dsn()) as own:
+            await context.complete_on(own, None)
+            await reach("before its commit")
+        await reach("after its commit")
+
+    async with CommandBus(own_server.dsn()) as bus:
+        requests = [SendRequest(DOMAIN, name, {}) for name in ("Debit", "Debit", "Last")]
+        batch = await bus.create_batch(DOMAIN, requests, on_complete=SendRequest(DOMAIN, "Debit", "all"))
+        async with running(Worker(bus, DOMAIN, registry_of(Debit=echo, Last=last))):
+            await crashed.wait()
+            async for now in bus.watch_batch(DOMAIN, batch.batch_id, interval=timedelta(milliseconds=20)):
+                batch = now
+            assert batch.on_complete is not None
+            assert (await settled(bus, batch.on_complete)).result == "all"
+        assert (batch.total, batch.completed, batch.done) == (3, 3, True)
+        assert await bus.count(domain=DOMAIN) == 4

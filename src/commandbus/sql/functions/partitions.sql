@@ -96,3 +96,16 @@ BEGIN
     END LOOP;
     PERFORM commandbus._drop_processes(v_oldest);
 END $$;
+
+-- _drop_processes: takes out finished processes whose retention is over, with their steps; at most 10,000 a call.
+CREATE OR REPLACE FUNCTION commandbus._drop_processes(p_oldest timestamptz) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    WITH gone AS (
+        DELETE FROM commandbus.process t WHERE t.ctid = ANY (ARRAY(
+            SELECT q.ctid FROM commandbus.process q WHERE q.finished_at < p_oldest
+            ORDER BY q.finished_at LIMIT 10000 FOR UPDATE SKIP LOCKED))
+        RETURNING t.domain, t.process_id
+    )
+    DELETE FROM commandbus.process_step s USING gone g WHERE s.domain = g.domain AND s.process_id = g.process_id;
+END $$;

@@ -254,7 +254,7 @@ async def test_what_is_heard_of_while_its_end_is_found_is_not_looked_at_again(
 
     async def heard_meanwhile(database: Database, call: object, *args: object) -> object:
         looks.append(call)
-        found = await repeat(database, call, *args)  # type: ignore[arg-type]
+        found: object = await repeat(database, call, *args)  # type: ignore[arg-type]
         bus._waits._hear("")
         return found
 

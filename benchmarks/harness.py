@@ -282,7 +282,7 @@ class Bench:
         """
         if not self.with_peers:
             return {}
-        fewer = {"count": max(500, options["count"] // 8)} if action == "drain" else {}
+        fewer = {"count": max(500, options["count"] // 8)} if action in {"drain", "batch"} else {}
         return {
             name: Contender(_peer_program(name), action, {**options, **(fewer if name in _SLOW else {})}, is_peer=True)
             for name in among

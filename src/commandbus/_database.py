@@ -27,12 +27,7 @@ from commandbus import _calls
 from commandbus._calls import Call, Row
 from commandbus._connections import Steps, drive, execute_async
 from commandbus._failures import brief, is_connection_lost, is_unavailable, unavailable
-from commandbus.errors import (
-    ClosedError,
-    CommandBusError,
-    ConfigurationError,
-    DatabaseUnavailableError,
-)
+from commandbus.errors import ClosedError, CommandBusError, ConfigurationError, DatabaseUnavailableError
 
 T = TypeVar("T")
 
@@ -195,7 +190,8 @@ class Database:
         where otherwise each would cost a call and its back-off.
         """
         end = asyncio.get_running_loop().time() + timeout
-        dead = 0
+        task, dead = asyncio.current_task(), 0
+        cancels = 0 if task is None else task.cancelling()
         while True:
             try:
                 connection = await self._pool.getconn(_RECONNECT_SECONDS)
@@ -205,6 +201,9 @@ class Database:
                 if asyncio.get_running_loop().time() >= end:
                     raise DatabaseUnavailableError(f"no connection to PostgreSQL within {timeout:.0f} s") from None
                 continue
+            if task is not None and task.cancelling() > cancels:  # Python 3.11's wait_for, in the pool, may swallow it
+                await asyncio.shield(self._pool.putconn(connection))
+                raise asyncio.CancelledError
             if dead >= self._pool.max_size or not hung_up(connection):
                 return connection
             dead += 1

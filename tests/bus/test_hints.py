@@ -80,8 +80,9 @@ async def test_the_last_of_a_burst_is_not_left_without(bus: CommandBus, hints: C
 async def test_a_batch_gives_one_a_domain(bus: CommandBus, hints: Connection) -> None:
     domains = [DOMAIN, "shipping", DOMAIN]
     await bus.send_batch([SendRequest(domain, "Debit", {}) for domain in domains * 30])  # one flush
+    given = await asyncio.to_thread(lambda: [hint.payload for hint in hints.notifies(timeout=10, stop_after=2)])
     await bus.wake("marker")
-    assert sorted(until_marker(hints)) == [DOMAIN, "shipping"]
+    assert sorted(given + until_marker(hints)) == [DOMAIN, "shipping"]
 
 
 async def test_a_send_on_a_connection_gives_none_until_it_is_asked(

@@ -211,7 +211,7 @@ async def test_an_operator_of_many_has_a_name(bus: CommandBus, db: Connection, q
 async def test_the_set_is_fixed_in_pages(
     bus: CommandBus, db: Connection, queue: TroubleshootingQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("commandbus._queries._PARKED_PAGE", 4)
+    monkeypatch.setattr("commandbus._desk_calls._PARKED_PAGE", 4)
     await park(bus, db, 10)
     assert (await queue.operator_cancel_many(EVERYTHING, expected_count=10, **WHO)).done == 10
 

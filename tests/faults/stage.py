@@ -104,9 +104,9 @@ class Stage:
         return [await self.bus.get_command(receipt) for receipt in receipts]
 
     def is_idle(self) -> bool:
-        """Whether all commands are finished or parked."""
-        unfinished = "SELECT count(*) FROM commandbus.command WHERE status IN ('PENDING', 'SCHEDULED', 'IN_PROGRESS')"
-        return bool(one(self.db, unfinished) == 0)
+        """Whether all commands are finished or parked, but for the replies, which nobody handles."""
+        unfinished = "SELECT count(*) FROM commandbus.command WHERE domain = %s AND parked_at IS NULL"
+        return bool(one(self.db, unfinished, DOMAIN) == 0)
 
 
 def case_of(request: SendRequest) -> dict[str, Any]:

@@ -87,7 +87,7 @@ async def test_what_one_statement_cannot_carry_is_carried_by_the_next(bus: Comma
     large = Completed(f'"{"x" * MAX_BYTES}"')
     first, second = (round_.complete(db, "Debit", large) for _ in range(2))
     round_.lane.ahead = lambda: 1  # nothing is free: the claimer would wait for a handler to end
-    assert await round_.claimer._claim_all()
+    assert await round_.claimer._claim_all() == (1, True)
     assert [one.held for one in (first, second)] == [False, True]
     await round_.claimer._claim_all()
     assert not second.held

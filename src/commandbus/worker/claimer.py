@@ -105,7 +105,7 @@ class Claimer:
         while not self._stopping:
             self._woken.clear()
             try:
-                more = await self._claim_all()
+                found, more = await self._claim_all()
             except (CommandBusError, psycopg.Error) as error:
                 logger.warning("nothing could be claimed, again in %.1f s: %s", trouble, brief(error))
                 with self._carrying(carried=False):
@@ -115,8 +115,9 @@ class Claimer:
             if trouble > _FIRST_PAUSE:
                 logger.info("commands can be claimed again")
             trouble = _FIRST_PAUSE
-            if more:
+            if found:
                 pause = _FIRST_PAUSE
+            if more:
                 continue
             if any(lane.free() > 0 for lane in self._lanes):
                 woken = await self._sleep(self._next(pause * random.uniform(0.8, 1.2)))  # noqa: S311 - spread
@@ -124,13 +125,14 @@ class Claimer:
             else:
                 await self._woken.wait()
 
-    async def _claim_all(self) -> bool:
+    async def _claim_all(self) -> tuple[int, bool]:
         """Call once for every lane with a free slot or completions.
 
-        Returns whether to go on at once: some lane got all that it asked for, so more may wait. Of a command sent to
-        an idle worker that makes two calls instead of three, and the next hint finds it free to follow.
+        Returns how many commands that was about, and whether to go on at once: some lane got all that it asked for, or
+        not all of its completions went along, so more may wait. Of a command sent to an idle worker that makes two
+        calls instead of three, and the next hint finds it free to follow.
         """
-        more = False
+        found, more = 0, False
         self._lanes.rotate(-1)  # another lane is first each time
         for lane in self._lanes:
             if self._stopping:
@@ -141,10 +143,12 @@ class Claimer:
             if not limit and not outcomes:
                 continue
             work = await self._work(lane, limit, max(0, limit - free), outcomes)
+            found += len(work.commands) + len(outcomes)
             more |= len(work.commands) >= limit or self._finisher.carries(lane.domain)
             if free and work.alone_waiting and time.monotonic() >= self._alone_at and not self._stopping:
-                more |= await self._run_alone(lane)
-        return more
+                alone = await self._run_alone(lane)
+                found, more = found + alone, more or alone
+        return found, more
 
     async def _work(self, lane: Lane, limit: int, ahead: int, outcomes: list[Outcome]) -> Round:
         """Claim behind the remembered places; now and then from the start, looking for expired leases as well.

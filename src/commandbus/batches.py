@@ -154,13 +154,14 @@ class Batches:
         Looks every `interval`; what changes between two looks is seen as one change. Raises `BatchNotFoundError`.
         """
         seen = None
-        while seen is None or not seen.done:
+        while True:
             batch = await self.get_batch(domain, batch_id)
             if batch != seen:
                 seen = batch
                 yield batch
-            else:
-                await asyncio.sleep(interval.total_seconds())
+            if batch.done:
+                return
+            await asyncio.sleep(interval.total_seconds())  # also after a change: one that drains changes all the time
 
     async def cancel_batch(
         self: _Bus, domain: str, batch_id: UUID, *, operator: str | None = None, reason: str | None = None

@@ -357,3 +357,16 @@ async def test_the_end_of_a_batch_is_handled_by_a_worker(bus: CommandBus) -> Non
         await finished(bus, batch)
         assert (await settled(bus, batch.on_complete)).status == CommandStatus.COMPLETED
     assert (await bus.get_batch(DOMAIN, batch.batch_id)).done
+
+
+@async_only("cancels a task")
+async def test_watching_looks_no_more_often_than_it_is_told_to(bus: CommandBus) -> None:
+    batch = await bus.create_batch(DOMAIN, requests(1), growing=True)
+    watched = bus.watch_batch(DOMAIN, batch.batch_id, interval=timedelta(hours=1))
+    assert (await anext(watched)).total == 1
+    await bus.add_to_batch(DOMAIN, batch.batch_id, requests(1))
+    following = asyncio.ensure_future(anext(watched))
+    for _ in range(20):
+        await bus.get_batch(DOMAIN, batch.batch_id)
+    assert not following.done()
+    following.cancel()

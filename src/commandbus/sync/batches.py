@@ -105,13 +105,14 @@ class SyncBatches:
     ) -> Iterator[Batch]:
         """Iterate over a batch as it is now and whenever it has changed; see `CommandBus.watch_batch`."""
         seen = None
-        while seen is None or not seen.done:
+        while True:
             batch = self.get_batch(domain, batch_id)
             if batch != seen:
                 seen = batch
                 yield batch
-            else:
-                time.sleep(interval.total_seconds())
+            if batch.done:
+                return
+            time.sleep(interval.total_seconds())  # also after a change: a batch that drains changes all the time
 
     def cancel_batch(
         self: _Bus, domain: str, batch_id: UUID, *, operator: str | None = None, reason: str | None = None

@@ -450,7 +450,7 @@ _ALL = (
         "test_process.py::test_retry_lets_it_go_on[a canceled reply]",
     ),
     Mutant(
-        "process-kept-for-ever", "processes outlive their retention", "process.sql",
+        "process-kept-for-ever", "processes outlive their retention", "partitions.sql",
         (("WHERE q.finished_at < p_oldest", "WHERE false"),),
         "test_process.py::test_finished_processes_leave_when_their_retention_is_over",
     ),

@@ -171,8 +171,10 @@ class Batches:
         Some hundreds at a time, each time durable: when it was interrupted, call it again.
         Raises `BatchNotFoundError`, or `CommandStateError` when somebody adds to it for longer than five seconds.
         """
-        await self.database.repeat(_batch_calls.close(domain, _id(batch_id)))
-        items, end = await self.database.repeat(_batch_calls.open_page(domain, batch_id, 0), LONG_SECONDS, long=True)
+        first = _batch_calls.open_page(domain, _id(batch_id), 0)
+        await self.database.repeat(first, LONG_SECONDS, long=True)  # who may not read them is refused before it is closed
+        await self.database.repeat(_batch_calls.close(domain, batch_id))
+        items, end = await self.database.repeat(first, LONG_SECONDS, long=True)
         while end is not None:
             call = _batch_calls.open_page(domain, batch_id, end)
             more, end = await self.database.repeat(call, LONG_SECONDS, long=True)

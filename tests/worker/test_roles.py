@@ -72,6 +72,19 @@ async def test_four_logins_work_together(login: Login) -> None:
         assert [event.event for event in await reader.get_audit_trail(later)] == ["SENT", "CANCELED"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_may_not_cancel_a_batch_does_not_close_it_either(login: Login, bus: CommandBus, kind: str) -> None:
+    batch = await bus.create_batch(DOMAIN, [SendRequest(DOMAIN, "Debit", 1)], growing=True)
+    async with CommandBus(login(kind)) as theirs:
+        if kind == "operator":
+            assert (await theirs.cancel_batch(DOMAIN, batch.batch_id, operator="ana")).done == 1
+        else:
+            with pytest.raises(PermissionDeniedError):
+                await theirs.cancel_batch(DOMAIN, batch.batch_id)
+    found = await bus.get_batch(DOMAIN, batch.batch_id)
+    assert (found.closed_at is None) == (kind != "operator")
+
+
 async def test_a_handler_sends_if_its_worker_may_send_too(login: Login, bus: CommandBus) -> None:
     async def pass_on(command: Command, context: HandlerContext) -> None:
         await context.bus.send(DOMAIN, "Echo", command.data)

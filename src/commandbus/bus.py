@@ -54,10 +54,10 @@ class CommandBus(Reading, Batches):
 
     `dsn`: a libpq connection string or URI; default: `$COMMAND_BUS_DSN`, read now. `send_timeout`: how long a send may
     take before it is withdrawn. `flush_connections`: how many connections carry concurrent sends; a few commit as much
-    as many would. A bus holds up to `flush_connections` + 2 connections, a worker on it two more. `tracing`: carries
-    the trace context from sender to handler, see `commandbus.tracing`. `transaction_pooler`: the DSN leads to a pooler
-    in transaction mode, such as PgBouncer: no prepared statements and no LISTEN; default:
-    `$COMMAND_BUS_TRANSACTION_POOLER` is 1.
+    as many would. A bus holds up to `flush_connections` + 2 connections, one more to listen once somebody waits, and a
+    worker on it two more. `tracing`: carries the trace context from sender to handler, see `commandbus.tracing`.
+    `transaction_pooler`: the DSN leads to a pooler in transaction mode, such as PgBouncer: no prepared statements and
+    no LISTEN; default: `$COMMAND_BUS_TRANSACTION_POOLER` is 1.
     """
 
     def __init__(

@@ -153,7 +153,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """How a command ended: `COMPLETED`, `FAILED` or `CANCELED`. `data` is its result; `error` says why it has none."""
+    """How a command ended: `COMPLETED`, `FAILED` or `CANCELED`. `data` is its result; `error` says why it has none.
+
+    Of a canceled one `error` is that of its last failed attempt, or None; the audit trail has the reason.
+    """
 
     domain: str
     command_id: UUID

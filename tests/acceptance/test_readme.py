@@ -300,7 +300,7 @@ def test_the_reference_of_errors_names_each_code_that_the_library_gives() -> Non
     python = [*(SQL.parent / "worker").glob("*.py"), SQL.parent / "model.py", SQL.parent / "process.py"]
     worker = "".join(path.read_text("utf-8") for path in python)
     sql = "".join(path.read_text("utf-8") for path in SQL.rglob("*.sql"))
-    given = re.findall(r'(?:CommandError|__init__)\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
+    given = re.findall(r'(?:Error|__init__)\(\s*"([A-Z_]+)"', worker) + re.findall(r"'code', '([A-Z_]+)'", sql)
     assert sorted(named) == sorted(set(given))
 
 

@@ -39,6 +39,7 @@ _SESSIONS = (
     " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
 )
 _LOOK_SECONDS = 0.1
+_WARM_UP = 5  # sends of each thread that are not measured
 _PR_SET_PDEATHSIG = 1
 
 
@@ -100,7 +101,8 @@ def send_in_threads(options: Options, sender: Callable[[], AbstractContextManage
 
     def work() -> None:
         with sender() as send:
-            send(), send()  # connects and prepares
+            for _ in range(_WARM_UP):
+                send()  # connects and prepares; plans, caches and code are cold
             ready.wait(60)
             for _ in numbers:
                 if pause:  # a sleep of nothing gives the interpreter lock away

@@ -35,7 +35,7 @@ Answer: TypeAlias = dict[str, Any]
 Action: TypeAlias = Callable[[Options], Answer]
 
 _SESSIONS = (
-    "SELECT query LIKE '%send_v1%' FROM pg_stat_activity"
+    "SELECT state = 'active' AND query LIKE '%send_v1%' FROM pg_stat_activity"
     " WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
 )
 _LOOK_SECONDS = 0.1
@@ -64,7 +64,7 @@ def answer(count: int, began: float, **more: object) -> Answer:
 
 
 class Sessions:
-    """The most sessions that were seen at once, and the most of them whose last statement was a send."""
+    """The most sessions that were seen at once, and the most of them that were sending."""
 
     most = sending = 0
 

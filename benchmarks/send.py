@@ -73,7 +73,7 @@ def _threads(bench: Bench, threads: int) -> Iterator[Figure]:
     bars = {"insert": at_least(1.5), "send_v1": None, **dict.fromkeys(peers, at_least(5))}
     yield from race.against_all(name, "ours", rate, "/s", bars)
     yield race.figure(f"{name} p99", "ours", p99, "ms", against="insert", bar=at_most(1))
-    yield race.figure(f"{name} sending connections", "ours", itemgetter("sending"), "", bar=at_most(4, "value"))
+    yield race.figure(f"{name} sending at once", "ours", itemgetter("sending"), "", bar=at_most(4, "value"))
 
 
 def _processes(bench: Bench) -> Iterator[Figure]:

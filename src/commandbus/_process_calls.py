@@ -8,7 +8,6 @@ from uuid import UUID
 
 from commandbus._calls import Call, Row
 from commandbus._desk_calls import check_words
-from commandbus._limits import encode
 from commandbus._queries import MAX_LIMIT, json_of, read_cursor, where_clause, write_cursor
 from commandbus.errors import InvalidCommandError
 from commandbus.model import CommandStatus, Error, Page, Reply
@@ -35,7 +34,7 @@ def start(process: str, then: str) -> Call[str]:
 
 def take(domain: str, reply: Reply) -> Call[Taken | None]:
     """Apply an outcome; None when nothing is to be decided. See `take_reply_v1`."""
-    error = None if reply.error is None else encode(error_of(reply.error), f"reply of {reply.command_id}: error")
+    error = None if reply.error is None else error_text(reply.error)
     return Call(
         "SELECT process_id, process_type, state, state_version, revision, name, error, open "
         "FROM commandbus.take_reply_v1(%s, %s, %s, %s)",
@@ -81,9 +80,9 @@ def retry(domain: str, process_id: UUID, operator: str, reason: str | None) -> C
     )
 
 
-def error_of(error: Error) -> dict[str, object]:
-    """Return an error as it is kept."""
-    return {"code": error.code, "message": error.message, "details": error.details}
+def error_text(error: Error) -> str:
+    """Return an error as JSON text, as it is kept: one level deeper than its details, which alone have a limit."""
+    return json.dumps({"code": error.code, "message": error.message, "details": error.details})
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

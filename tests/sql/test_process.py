@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from commandbus import Compensate, Finish, PermanentCommandError, Process, ProcessReceipt, Reply, Send, Wait
 from commandbus._calls import complete, held
 from commandbus._connections import adopt, drive_blocking
+from commandbus._limits import MAX_DEPTH
 from commandbus.process import Next, applying
 from tests.processes.support import Connection, Hand
 from tests.sql.support import Connect, background, one, rows, start_waiting
@@ -177,6 +179,21 @@ def test_a_reply_that_comes_again_or_from_nowhere_does_nothing(hand: Hand, trial
     assert hand.status(trial) == ("RUNNING", None)
     hand.settle()
     assert seen(hand, trial) == "abc"
+
+
+@pytest.mark.parametrize("how", ["refused", "too late"])
+def test_an_error_as_deep_as_is_allowed_is_passed_on(hand: Hand, trial: ProcessReceipt, how: str) -> None:
+    """Each that wraps it adds levels of its own: the error, what is said of the deadline."""
+    error = json.dumps({"code": "DEEP", "message": "", "details": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)})
+    hand.do("work", "A", "refuse" if how == "refused" else "park", error=error)
+    if how == "too late":
+        hand.wait(2 * DAY)
+        hand.apply()
+    hand.apply()
+    hand.settle()
+    assert ends(hand, trial) == ("COMPENSATED", "DEEP" if how == "refused" else "DEADLINE", [])
+    kept = one(hand.db, "SELECT error FROM commandbus.processes")
+    assert json.loads(error) == (kept if how == "refused" else kept["details"])
 
 
 def test_it_finishes_when_no_step_is_open(hand: Hand) -> None:

@@ -128,6 +128,8 @@ def test_ends(then: Next, kept: object) -> None:
         Send("a", "A", {1: 2}),
         Wait(datetime(2030, 1, 1)),  # noqa: DTZ001 - that is what is refused
         Wait(timedelta(days=4000)),
+        Compensate(Error("NO", "\0")),
+        Compensate(Error("NO", details={1: 2})),
     ],
     ids=str,
 )

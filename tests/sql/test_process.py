@@ -11,7 +11,17 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from commandbus import Compensate, Finish, PermanentCommandError, Process, ProcessReceipt, Reply, Send, Wait
+from commandbus import (
+    Compensate,
+    Finish,
+    InvalidCommandError,
+    PermanentCommandError,
+    Process,
+    ProcessReceipt,
+    Reply,
+    Send,
+    Wait,
+)
 from commandbus._calls import complete, held
 from commandbus._connections import adopt, drive_blocking
 from commandbus._limits import MAX_DEPTH
@@ -79,7 +89,7 @@ class Stuck(Process[Told], domain="trials"):
 
 @pytest.fixture
 def hand(db: Connection) -> Hand:
-    return Hand(db, Trial, Resting, Stuck)
+    return Hand(db, Trial, Resting, Stuck, Large)
 
 
 @pytest.fixture
@@ -146,6 +156,41 @@ def test_an_undo_that_fails_holds_up_no_other(hand: Hand, trial: ProcessReceipt,
     hand.settle()
     first = "c FAILED" if how == "refuse" else "c CANCELED"
     assert ends(hand, trial) == ("FAILED", "NO", [first, "a COMPLETED"])
+
+
+_LARGE = {"text": "x" * 2000}
+_LOWER = "INSERT INTO commandbus.setting VALUES ('max_data_bytes', '1024') ON CONFLICT (name) DO UPDATE SET value = '1024'"
+
+
+class Large(Process[Told], domain="trials"):
+    """Its undo has more data than its step, and options."""
+
+    def start(self, state: Told) -> Next:
+        undo = Send("work", "UndoA", _LARGE, delay=DAY, priority=7, max_attempts=3)
+        return [Send("work", "A", undo=undo), Send("work", "B", undo=("work", "UndoB", None))]
+
+
+def test_an_undo_that_could_not_be_sent_is_refused_with_its_step(hand: Hand) -> None:
+    hand.db.execute(_LOWER)
+    with pytest.raises(InvalidCommandError, match=r"the undo of a .*\(1024\)"):
+        hand.start(Large, Told())
+    assert one(hand.db, "SELECT count(*) FROM commandbus.processes") == 0
+
+
+def test_an_undo_is_sent_as_it_was_given_whatever_is_allowed_by_now(hand: Hand) -> None:
+    process = hand.start(Large, Told())
+    hand.do("work", "A")
+    hand.db.execute(_LOWER)
+    verb(hand, "cancel", process.process_id)
+    hand.apply(2)
+    undo = "SELECT status, data, headers, priority, max_attempts, correlation_id, reply_to, due_at - sent_at"
+    assert rows(hand.db, f"{undo} FROM commandbus.commands WHERE command_type = 'UndoA'") == [
+        ("SCHEDULED", _LARGE, {}, 7, 3, str(process.process_id), "trials", DAY)
+    ]
+    hand.wait(2 * DAY)
+    hand.settle()
+    assert ends(hand, process) == ("COMPENSATED", "CANCELED", ["a COMPLETED"])
+    assert rows(hand.db, "SELECT violation FROM commandbus.verify_v1()") == []
 
 
 def test_what_nobody_runs_is_canceled_when_compensation_begins(hand: Hand, trial: ProcessReceipt) -> None:

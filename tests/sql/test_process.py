@@ -213,6 +213,28 @@ def test_what_was_cut_off_is_undone_if_it_says_so(hand: Hand, trial: ProcessRece
     assert ends(hand, trial) == ("COMPENSATED", "NO", ["c COMPLETED"])
 
 
+@pytest.mark.parametrize("how", ["by an operator", "by its deadline", "by another step"])
+def test_a_parked_reply_shows_and_does_not_hold_up_compensation(hand: Hand, trial: ProcessReceipt, how: str) -> None:
+    other = hand.start(Resting, Told())
+    hand.do("work", "A")
+    hand.do("trials", "Reply", "park")
+    assert rows(hand.db, "SELECT process_id, parked FROM commandbus.processes ORDER BY 2 DESC") == [
+        (trial.process_id, 1),
+        (other.process_id, 0),
+    ]
+    if how == "by an operator":
+        verb(hand, "cancel", trial.process_id)
+    elif how == "by its deadline":
+        hand.wait(31 * DAY)
+    else:
+        hand.do("work", "B", "refuse")
+    hand.settle()
+    status, _, undone = ends(hand, trial)
+    assert status == "COMPENSATED"
+    assert "a COMPLETED" in undone
+    assert rows(hand.db, "SELECT violation FROM commandbus.verify_v1()") == []
+
+
 def test_a_reply_that_comes_again_or_from_nowhere_does_nothing(hand: Hand, trial: ProcessReceipt) -> None:
     hand.do("work", "A")
     again = """SELECT commandbus.send_v1(jsonb_build_array(jsonb_build_object('domain', domain, 'command_type', 'Reply',

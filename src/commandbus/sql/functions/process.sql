@@ -148,12 +148,14 @@ BEGIN
 END $$;
 
 -- _compensate: RUNNING -> COMPENSATING. Of the steps that are open, what no worker runs is canceled: nobody needs it any
--- more, least of all an operator. What runs is awaited: it may succeed, and is undone then.
+-- more, least of all an operator. What runs is awaited: it may succeed, and is undone then. What has ended and whose
+-- reply is parked goes on: its class failed at that, and is not asked any more.
 CREATE OR REPLACE FUNCTION commandbus._compensate(p commandbus.process, p_error jsonb, p_operator text DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     s record;
+    c commandbus.command;
 BEGIN
     UPDATE commandbus.process AS t SET status = 'COMPENSATING', error = p_error, result = NULL
     WHERE t.domain = p.domain AND t.process_id = p.process_id;
@@ -162,6 +164,14 @@ BEGIN
              WHERE t.domain = p.domain AND t.process_id = p.process_id AND t.kind = 'step' AND t.status = 'OPEN'
              ORDER BY t.number LOOP
         PERFORM commandbus._withdraw(s.command_domain, s.command_id, false, p_operator, 'the process is compensated');
+    END LOOP;
+    FOR c IN SELECT q.* FROM commandbus.command q
+             WHERE q.domain = p.domain AND q.parked_at IS NOT NULL AND q.command_type = 'Reply'
+               AND q.data ->> 'command_id' IN (
+                   SELECT t.command_id::text FROM commandbus.process_step t
+                   WHERE t.domain = p.domain AND t.process_id = p.process_id AND t.status = 'OPEN')
+             ORDER BY q.command_id FOR UPDATE LOOP
+        PERFORM commandbus._retry(c, coalesce(p_operator, 'commandbus'), 'the process is compensated', NULL);
     END LOOP;
     PERFORM commandbus._undo_next(p);
 END $$;

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from commandbus import (
     CommandBus,
@@ -19,8 +20,10 @@ from commandbus import (
     CommandNotFoundError,
     CommandStateError,
     CommandStatus,
+    DatabaseUnavailableError,
     Finish,
     HandlerRegistry,
+    OutcomeUnknownError,
     Process,
     Processes,
     ProcessRecord,
@@ -30,9 +33,10 @@ from commandbus import (
     TroubleshootingQueue,
     Wait,
     Worker,
+    _database,
 )
 from tests.processes.support import load_example
-from tests.support import Route, aeventually
+from tests.support import Route, aeventually, direct_only
 from tests.worker.support import running
 
 example = load_example()
@@ -195,6 +199,32 @@ async def test_a_start_is_idempotent_by_its_id(route: Route) -> None:
         with pytest.raises(CommandIdConflictError):
             await processes.start_process(Patient, Trial(["other"]), process_id=new)
         assert await bus.count() == 1
+
+
+@direct_only
+async def test_a_start_that_was_not_possible_is_told_as_that(route: Route, db: psycopg.Connection) -> None:
+    own = SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+    name = Identifier(db.info.dbname)
+    db.execute(own.format(name, SQL("on")))
+    async with CommandBus(**route) as bus:
+        with pytest.raises(DatabaseUnavailableError, match=r"nothing was done: .*read-only"):
+            await Processes(bus).start_process(Patient, Trial())
+    db.execute(own.format(name, SQL("off")))
+
+
+async def test_a_start_that_was_not_answered_is_told_with_its_id(
+    route: Route, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = uuid4()
+    async with CommandBus(**route) as bus:
+        processes = Processes(bus)
+        with db.transaction(), monkeypatch.context() as patch:
+            db.execute("LOCK commandbus.process")
+            patch.setattr(_database, "CALL_SECONDS", 1.0)  # not 10
+            with pytest.raises(OutcomeUnknownError, match=str(new)) as unknown:
+                await processes.start_process(Patient, Trial(), process_id=new)
+        assert unknown.value.command_id == new
+        assert (await processes.start_process(Patient, Trial(), process_id=new)).process_id == new
 
 
 async def test_a_start_may_join_the_callers_transaction(route: Route, db: psycopg.Connection, dsn: str) -> None:

@@ -159,7 +159,7 @@ def test_an_undo_that_fails_holds_up_no_other(hand: Hand, trial: ProcessReceipt,
 
 
 _LARGE = {"text": "x" * 2000}
-_LOWER = "INSERT INTO commandbus.setting VALUES ('max_data_bytes', '1024') ON CONFLICT (name) DO UPDATE SET value = '1024'"
+_LOWER = "UPDATE commandbus.setting SET value = '1024' WHERE name = 'max_data_bytes'"
 
 
 class Large(Process[Told], domain="trials"):

@@ -21,6 +21,7 @@ from commandbus._calls import MAX_DELAY, Call, checked_name, outgoing
 from commandbus._ids import new_id
 from commandbus._limits import encode
 from commandbus._process_calls import Taken
+from commandbus._queries import json_of
 from commandbus.errors import CommandStateError, ConfigurationError, InvalidCommandError, PermanentCommandError
 from commandbus.model import Command, CommandStatus, Error, Json, Reply, SendRequest
 
@@ -189,7 +190,7 @@ def applying(
     process = kind()
     process.process_id, process.open = taken.process_id, tuple(taken.open)
     state = _decode_state(kind, taken)
-    reply = dataclasses.replace(reply, error=_process_calls.parsed(taken.error))
+    reply = dataclasses.replace(reply, error=Error.of(json_of(taken.error)))
     then = _Then(process, command.headers, max_bytes, reply.error)
     then.take(process.decide(taken.name, state, reply))
     text = _encode_state(state, f"process {taken.process_id}")

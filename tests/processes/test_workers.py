@@ -23,6 +23,7 @@ from commandbus import (
     DatabaseUnavailableError,
     Finish,
     HandlerRegistry,
+    InvalidCommandError,
     OutcomeUnknownError,
     Process,
     Processes,
@@ -249,6 +250,17 @@ async def test_pages_of_processes(route: Route) -> None:
         assert [p.process_id for p in (*first, *second)] == started[::-1]
         assert second.next_cursor is None
         assert not (await processes.query_processes(process_type="Other")).items
+
+
+async def test_a_status_may_be_a_string_and_no_other(route: Route) -> None:
+    async with CommandBus(**route) as bus:
+        processes = Processes(bus)
+        await processes.start_process(Patient, Trial())
+        running: Any = "RUNNING"
+        assert len((await processes.query_processes(status=running)).items) == 1
+        wrong: Any = "PENDING"
+        with pytest.raises(InvalidCommandError, match="'PENDING': it must be one of RUNNING, COMPENSATING"):
+            await processes.query_processes(status=wrong)
 
 
 async def test_many_at_once(route: Route, shop: psycopg.Connection) -> None:

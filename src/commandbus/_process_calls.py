@@ -56,21 +56,21 @@ def advance(domain: str, taken: Taken, state: str, version: int, then: str) -> C
 
 def cancel(domain: str, process_id: UUID, operator: str, reason: str) -> Call[None]:
     """Compensate what a process has done, and end it."""
-    return _verb("cancel", domain, process_id, operator, reason, lambda _: None)
+    return _verb("cancel", domain, process_id, operator, reason, read=lambda _: None)
 
 
 def resume(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[tuple[str, ...]]:
     """End the waits of a process; returns their names."""
-    return _verb("resume", domain, process_id, operator, reason, tuple)
+    return _verb("resume", domain, process_id, operator, reason, read=tuple)
 
 
 def retry(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[int]:
     """Put back what of a process is parked; returns how many commands."""
-    return _verb("retry", domain, process_id, operator, reason, int)
+    return _verb("retry", domain, process_id, operator, reason, read=int)
 
 
 def _verb(
-    name: str, domain: str, process_id: UUID, operator: str, reason: str | None, read: Callable[[Any], T]
+    name: str, domain: str, process_id: UUID, operator: str, reason: str | None, *, read: Callable[[Any], T]
 ) -> Call[T]:
     check_words(f"process {process_id}: ", operator, reason)
     return Call(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 from commandbus._calls import Call, Row
 from commandbus._desk_calls import check_words
-from commandbus._limits import encode
-from commandbus._queries import MAX_LIMIT, json_of, read_cursor, where_clause, write_cursor
-from commandbus.errors import InvalidCommandError
+from commandbus._queries import Source, conditions, json_of, page
 from commandbus.model import CommandStatus, Error, Page, Reply
 from commandbus.process_model import ProcessRecord, ProcessStatus, ProcessStep
+
+T = TypeVar("T")
 
 
 class Taken(NamedTuple):
@@ -35,7 +36,7 @@ def start(process: str, then: str) -> Call[str]:
 
 def take(domain: str, reply: Reply) -> Call[Taken | None]:
     """Apply an outcome; None when nothing is to be decided. See `take_reply_v1`."""
-    error = None if reply.error is None else encode(error_of(reply.error), f"reply of {reply.command_id}: error")
+    error = None if reply.error is None else error_text(reply.error)
     return Call(
         "SELECT process_id, process_type, state, state_version, revision, name, error, open "
         "FROM commandbus.take_reply_v1(%s, %s, %s, %s)",
@@ -55,35 +56,33 @@ def advance(domain: str, taken: Taken, state: str, version: int, then: str) -> C
 
 def cancel(domain: str, process_id: UUID, operator: str, reason: str) -> Call[None]:
     """Compensate what a process has done, and end it."""
-    check_words(f"process {process_id}: ", operator, reason)
-    return Call(
-        "SELECT commandbus.cancel_process_v1(%s, %s, %s, %s)", (domain, process_id, operator, reason), lambda _: None
-    )
+    return _verb("cancel", domain, process_id, operator, reason, read=lambda _: None)
 
 
 def resume(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[tuple[str, ...]]:
     """End the waits of a process; returns their names."""
-    check_words(f"process {process_id}: ", operator, reason)
-    return Call(
-        "SELECT commandbus.resume_process_v1(%s, %s, %s, %s)",
-        (domain, process_id, operator, reason),
-        lambda rows: tuple(rows[0][0]),
-    )
+    return _verb("resume", domain, process_id, operator, reason, read=tuple)
 
 
 def retry(domain: str, process_id: UUID, operator: str, reason: str | None) -> Call[int]:
     """Put back what of a process is parked; returns how many commands."""
+    return _verb("retry", domain, process_id, operator, reason, read=int)
+
+
+def _verb(
+    name: str, domain: str, process_id: UUID, operator: str, reason: str | None, *, read: Callable[[Any], T]
+) -> Call[T]:
     check_words(f"process {process_id}: ", operator, reason)
     return Call(
-        "SELECT commandbus.retry_process_v1(%s, %s, %s, %s)",
+        f"SELECT commandbus.{name}_process_v1(%s, %s, %s, %s)",
         (domain, process_id, operator, reason),
-        lambda rows: int(rows[0][0]),
+        lambda rows: read(rows[0][0]),
     )
 
 
-def error_of(error: Error) -> dict[str, object]:
-    """Return an error as it is kept."""
-    return {"code": error.code, "message": error.message, "details": error.details}
+def error_text(error: Error) -> str:
+    """Return an error as JSON text, as it is kept: one level deeper than its details, which alone have a limit."""
+    return json.dumps({"code": error.code, "message": error.message, "details": error.details})
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -101,6 +100,9 @@ def _record(row: Row) -> ProcessRecord:
     return ProcessRecord(*fields)
 
 
+_PROCESSES = Source("processes", _COLUMNS, _record, "process_id")
+
+
 def get(domain: str, process_id: UUID) -> Call[ProcessRecord | None]:
     """Read one process."""
     return Call(
@@ -114,22 +116,8 @@ def query(
     domain: str | None, status: ProcessStatus | None, process_type: str | None, limit: int, cursor: str | None
 ) -> Call[Page[ProcessRecord]]:
     """Newest first within a domain, by id; ids that the library made grow with time."""
-    if not 1 <= limit <= MAX_LIMIT:
-        raise InvalidCommandError(f"limit is {limit}: it must be between 1 and {MAX_LIMIT:,}")
-    given = (("domain", domain), ("status", status and status.value), ("process_type", process_type))
-    where = [f"{column} = %s" for column, value in given if value is not None]
-    params: list[object] = [value for _, value in given if value is not None]
-    if cursor is not None:
-        where.append("(domain, process_id) < (%s, %s)")
-        params += read_cursor(cursor, str)
-
-    def page(rows: list[Row]) -> Page[ProcessRecord]:
-        items = tuple(map(_record, rows[:limit]))
-        more = len(rows) > limit
-        return Page(items, write_cursor((items[-1].domain, items[-1].process_id)) if more else None)
-
-    sql = f"SELECT {_COLUMNS} FROM commandbus.processes{where_clause(where)}"
-    return Call(f"{sql} ORDER BY domain DESC, process_id DESC LIMIT {limit + 1}", tuple(params), page)
+    where, params = conditions(domain, status, process_type=process_type, statuses=ProcessStatus)
+    return page(_PROCESSES, where, params, by="domain", read=str, backwards=True, limit=limit, cursor=cursor)
 
 
 def timeline(domain: str, process_id: UUID) -> Call[list[ProcessStep]]:
@@ -153,8 +141,3 @@ def timeline(domain: str, process_id: UUID) -> Call[list[ProcessStep]]:
 def _text(value: object) -> str:
     """Return text; a caller's connection to a database without an encoding answers in bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def parsed(text: str | None) -> Error | None:
-    """Return the error of this JSON text."""
-    return None if text is None else Error.of(json.loads(text))

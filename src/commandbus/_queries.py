@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
@@ -247,12 +248,17 @@ def max_data_bytes() -> Call[int]:
 
 
 def conditions(
-    domain: str | None, status: CommandStatus | None = None, command_type: str | None = None
+    domain: str | None,
+    status: StrEnum | None = None,
+    command_type: str | None = None,
+    *,
+    process_type: str | None = None,
+    statuses: type[StrEnum] = CommandStatus,
 ) -> tuple[list[str], list[object]]:
-    """Return the conditions for what is given, and their parameters."""
-    if status is not None and status not in CommandStatus.__members__:
-        raise InvalidCommandError(f"status is {status!r}: it must be one of {', '.join(CommandStatus)}")
-    given = {"domain": domain, "status": status, "command_type": command_type}
+    """Return the conditions for what is given, and their parameters. `statuses`: those that there are."""
+    if status is not None and status not in statuses.__members__:
+        raise InvalidCommandError(f"status is {status!r}: it must be one of {', '.join(statuses)}")
+    given = {"domain": domain, "status": status, "command_type": command_type, "process_type": process_type}
     chosen = {column: str(value) for column, value in given.items() if value is not None}
     return [f"{column} = %s" for column in chosen], list(chosen.values())
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
-from typing import Protocol
+from typing import Protocol, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -19,7 +19,7 @@ from commandbus._bulk import LONG_SECONDS, Bulk, Pace, parked
 from commandbus._calls import Outgoing
 from commandbus._chunks import chunks
 from commandbus._connections import Steps, Work, arun_on
-from commandbus._database import Database
+from commandbus._database import Database, DeadlineError
 from commandbus._failures import brief, is_connection_lost, is_unavailable, refusals_of
 from commandbus._ids import new_id
 from commandbus._limits import shown
@@ -30,6 +30,8 @@ from commandbus.errors import (
     OutcomeUnknownError,
 )
 from commandbus.model import Batch, BulkResult, Command, CommandStatus, Page, SendRequest, TroubleshootingFilter
+
+T = TypeVar("T")
 
 _TRIES = 3
 _MAX_NAME = 256
@@ -172,7 +174,9 @@ class Batches:
         Raises `BatchNotFoundError`, or `CommandStateError` when somebody adds to it for longer than five seconds.
         """
         first = _batch_calls.open_page(domain, _id(batch_id), 0)
-        await self.database.repeat(first, LONG_SECONDS, long=True)  # who may not read them is refused before it is closed
+        await self.database.repeat(
+            first, LONG_SECONDS, long=True
+        )  # who may not read them is refused before it is closed
         await self.database.repeat(_batch_calls.close(domain, batch_id))
         items, end = await self.database.repeat(first, LONG_SECONDS, long=True)
         while end is not None:
@@ -241,23 +245,39 @@ class Batches:
     async def _in_own_transaction(
         self: _Bus, batch_id: UUID, make: Callable[[], Work[Batch]], *, tries: int = _TRIES
     ) -> Batch:
-        """Do it; anew when the connection breaks or PostgreSQL asks for it."""
-        database = self.database
-        problem, maybe_done = "", False
-        for _ in range(tries):
+        """Do it, and wake the workers."""
+
+        async def do() -> Batch:
             work = make()
-            try:
-                batch = await database.run_steps(work.steps)
-            except (psycopg.Error, DatabaseUnavailableError) as error:
-                if not (is_unavailable(error) or is_connection_lost(error)):
-                    raise
-                problem, maybe_done = brief(error), maybe_done or is_connection_lost(error)
-            else:
-                work.wake(work.domains)
-                return batch
-        if maybe_done:
-            raise OutcomeUnknownError(f"batch {batch_id} may or may not have been written: {problem}", batch_id)
-        raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {problem}")
+            batch = await self.database.run_steps(work.steps)
+            work.wake(work.domains)
+            return batch
+
+        return await insist(do, f"batch {batch_id}", batch_id, tries=tries)
+
+
+async def insist(do: Callable[[], Awaitable[T]], what: str, its_id: UUID, *, tries: int = _TRIES) -> T:
+    """Do what may be done twice; anew when the connection breaks or PostgreSQL asks for it, for other parts as well.
+
+    Raises `DatabaseUnavailableError` when nothing was done, `OutcomeUnknownError` when it may have been.
+    """
+    problem, maybe_done = "", False
+    for _ in range(tries):
+        try:
+            return await do()
+        except DatabaseUnavailableError:  # after a wait of its own
+            if not maybe_done:
+                raise
+            break
+        except psycopg.Error as error:
+            if not (is_unavailable(error) or is_connection_lost(error)):
+                raise
+            problem, maybe_done = brief(error), maybe_done or is_connection_lost(error)
+            if isinstance(error, DeadlineError):  # it goes on in the server, and would have company
+                break
+    if maybe_done:
+        raise OutcomeUnknownError(f"{what} may or may not have been written: {problem}", its_id)
+    raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {problem}")
 
 
 def _adding(domain: str, batch_id: UUID, everything: list[Outgoing]) -> Steps[Batch]:

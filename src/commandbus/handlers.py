@@ -201,11 +201,14 @@ class HandlerRegistry:
     def register_process(self, process: type[Process[Any]]) -> None:
         """Register a process class: a worker of its domain then handles the replies to its steps, and its timers.
 
-        Raises `ConfigurationError` for a type that is registered already, or a domain whose `Reply` has a handler.
+        Raises `ConfigurationError` for a type that is registered already, or a domain whose `Reply` or `Timer` has a
+        handler; nothing is registered then.
         """
         kinds = self._processes.get(process.domain)
         if kinds is None:
             kinds = {}
+            for command_type in (REPLY, TIMER):
+                self._check_free(process.domain, command_type)
             for command_type in (REPLY, TIMER):
                 self.handler(process.domain, command_type, transactional=True)(_applier(kinds))
             self._processes[process.domain] = kinds
@@ -235,15 +238,17 @@ class HandlerRegistry:
         """The domains that have a handler, sorted."""
         return sorted({domain for domain, _ in self._handlers})
 
+    def _check_free(self, domain: str, command_type: str) -> None:
+        if (domain, command_type) in self._handlers:
+            raise ConfigurationError(f'command type "{command_type}" of "{domain}" has a handler already')
+
     def _add(self, mark: _Mark, function: Callable[..., Any]) -> None:
-        key = (mark.domain, mark.command_type)
-        if key in self._handlers:
-            raise ConfigurationError(f'command type "{mark.command_type}" of "{mark.domain}" has a handler already')
+        self._check_free(mark.domain, mark.command_type)
         _check_parameters(mark, function)
         blocking = not (inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__))
         if mark.timeout is not None and mark.timeout <= timedelta(0):
             raise ConfigurationError(f'the timeout of "{mark.command_type}" must be above zero')
-        self._handlers[key] = Handler(
+        self._handlers[mark.domain, mark.command_type] = Handler(
             mark.domain,
             mark.command_type,
             function,

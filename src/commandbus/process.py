@@ -21,6 +21,7 @@ from commandbus._calls import MAX_DELAY, Call, checked_name, outgoing
 from commandbus._ids import new_id
 from commandbus._limits import encode
 from commandbus._process_calls import Taken
+from commandbus._queries import json_of
 from commandbus.errors import CommandStateError, ConfigurationError, InvalidCommandError, PermanentCommandError
 from commandbus.model import Command, CommandStatus, Error, Json, Reply, SendRequest
 
@@ -189,8 +190,9 @@ def applying(
     process = kind()
     process.process_id, process.open = taken.process_id, tuple(taken.open)
     state = _decode_state(kind, taken)
-    then = _Then(process, command.headers, max_bytes)
-    then.take(process.decide(taken.name, state, dataclasses.replace(reply, error=_process_calls.parsed(taken.error))))
+    reply = dataclasses.replace(reply, error=Error.of(json_of(taken.error)))
+    then = _Then(process, command.headers, max_bytes, reply.error)
+    then.take(process.decide(taken.name, state, reply))
     text = _encode_state(state, f"process {taken.process_id}")
     try:
         yield _process_calls.advance(command.domain, taken, text, kind.version, then.text())
@@ -202,8 +204,11 @@ def applying(
 class _Then:
     """What a method has decided, as `_follow` takes it."""
 
-    def __init__(self, process: Process[Any], headers: Mapping[str, str], max_bytes: int) -> None:
+    def __init__(
+        self, process: Process[Any], headers: Mapping[str, str], max_bytes: int, kept: Error | None = None
+    ) -> None:
         self.domains: set[str] = set()
+        self._kept = kept
         self._process = process
         self._headers = headers
         self._max_bytes = max_bytes
@@ -222,13 +227,18 @@ class _Then:
                 case Finish() if not self._end:
                     self._end = f',"result":{encode(action.result, f"{self._what}: result")}'
                 case Compensate() if len(actions) == 1:
-                    error = _process_calls.error_of(action.error or Error("COMPENSATED"))
-                    self._end = f',"error":{encode(error, f"{self._what}: error")}'
+                    self._end = f',"error":{self._error(action.error or Error("COMPENSATED"))}'
                 case _:
                     raise InvalidCommandError(
                         f"{self._what}: {type(action).__name__} is not what can come next here: give Send, Wait, "
                         "one Finish, or Compensate by itself"
                     )
+
+    def _error(self, error: Error) -> str:
+        if error is not self._kept:  # what the database has told is not checked again: it may be wrapped, and deeper
+            for name in ("code", "message", "details"):
+                encode(getattr(error, name), f"{self._what}: error.{name}")
+        return _process_calls.error_text(error)
 
     def _send(self, send: Send) -> None:
         name = _step_name(send.name or _WORD.sub("_", send.command_type).lower(), self._what)

@@ -37,7 +37,7 @@ class ProcessReceipt:
 @dataclass(frozen=True, slots=True)
 class ProcessRecord:
     """A process as it is kept. `error` is the first; `open` names what it waits for, `parked` counts what of that is
-    in the troubleshooting queue."""  # noqa: D205, D209
+    in the troubleshooting queue, itself or its reply."""  # noqa: D205, D209
 
     domain: str
     process_id: UUID

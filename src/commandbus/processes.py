@@ -10,14 +10,9 @@ from commandbus._connections import Steps, Work, arun_on, drive
 from commandbus._failures import refusals_of
 from commandbus._ids import new_id
 from commandbus._limits import shown
+from commandbus.batches import insist
 from commandbus.bus import CommandBus
-from commandbus.errors import (
-    CommandIdConflictError,
-    CommandNotFoundError,
-    DatabaseUnavailableError,
-    InvalidCommandError,
-    OutcomeUnknownError,
-)
+from commandbus.errors import CommandIdConflictError, CommandNotFoundError, InvalidCommandError
 from commandbus.model import Page
 from commandbus.process import Process, starting
 from commandbus.process_model import ProcessReceipt, ProcessRecord, ProcessStatus, ProcessStep
@@ -25,8 +20,10 @@ from commandbus.process_model import ProcessReceipt, ProcessRecord, ProcessStatu
 S = TypeVar("S")
 
 
-def beginning(bus: CommandBus, process: type[Process[S]], state: S, process_id: UUID | None) -> Work[ProcessReceipt]:
-    """Return what starts a process, on a connection of any kind. Raises what `start` of the class raises."""
+def beginning(
+    bus: CommandBus, process: type[Process[S]], state: S, process_id: UUID | None
+) -> tuple[UUID, Work[ProcessReceipt]]:
+    """Return the id of a new process, and what starts it on a connection of any kind. Raises what its `start` does."""
     given: object = process_id
     if given is not None and not isinstance(given, UUID):
         raise InvalidCommandError(f"process_id is {shown(given)}: it must be a uuid.UUID")
@@ -37,12 +34,7 @@ def beginning(bus: CommandBus, process: type[Process[S]], state: S, process_id: 
 
     def steps() -> Steps[ProcessReceipt]:
         with refusals_of(f"process {new}"):
-            try:
-                outcome = yield call
-            except DatabaseUnavailableError as error:
-                raise OutcomeUnknownError(
-                    f"process {new} may or may not have been started: start it again with its id ({error})", new
-                ) from error
+            outcome = yield call
         if outcome == "conflict":
             raise CommandIdConflictError(
                 f'process {new} was started in "{process.domain}" before, with another class or state: nothing was '
@@ -51,7 +43,7 @@ def beginning(bus: CommandBus, process: type[Process[S]], state: S, process_id: 
             )
         return ProcessReceipt(process.domain, new, process_id is not None and outcome == "duplicate")
 
-    return Work(steps(), bus._wake_soon, domains)  # noqa: SLF001 - as `CommandBus.sending` does
+    return new, Work(steps(), bus._wake_soon, domains)  # noqa: SLF001 - as `CommandBus.sending` does
 
 
 class Processes:
@@ -70,13 +62,14 @@ class Processes:
 
         With `connection`, it is part of your transaction there, as in `CommandBus.send`. `process_id` makes the start
         idempotent: the same id with the same class and state again is a receipt with `duplicate=True`, with others a
-        `CommandIdConflictError`. Raises `OutcomeUnknownError` when it may have been started: start it again with its
-        id.
+        `CommandIdConflictError`. Raises `DatabaseUnavailableError` when nothing was done, `OutcomeUnknownError` when it
+        may have been started: start it again with its id.
         """
-        work = beginning(self._bus, process, state, process_id)
+        new, work = beginning(self._bus, process, state, process_id)
         if connection is not None:
             return await arun_on(connection, work)
-        receipt: ProcessReceipt = await drive(work.steps, self._bus.database.repeat)
+        run = self._bus.database.run
+        receipt: ProcessReceipt = await drive(work.steps, lambda call: insist(lambda: run(call), f"process {new}", new))
         await self._bus.wake(*work.domains)
         return receipt
 

@@ -60,15 +60,17 @@ class Hand:
         (claimed,) = self.own.execute(work(domain, segments, 1, "hand", HOUR)).commands
         return claimed
 
-    def do(self, domain: str, command_type: str, verdict: str = "complete", result: str = "null") -> UUID:
+    def do(
+        self, domain: str, command_type: str, verdict: str = "complete", result: str = "null", error: str | None = None
+    ) -> UUID:
         """Lease a command and end its delivery: complete, refuse or park."""
         claimed = self.claim(domain, command_type)
         lease = (claimed.command_id, claimed.delivery, claimed.lease_token)
         if verdict == "complete":
             answers = self.own.execute(complete(domain, [held(*lease, f',"result":{result}')]))
         else:
-            kind, error = ("BUSINESS", REFUSED) if verdict == "refuse" else ("PERMANENT", BROKEN)
-            more = f',"kind":"{kind}","error":{error},"retry_in":0,"max_attempts":1'
+            kind, said = ("BUSINESS", REFUSED) if verdict == "refuse" else ("PERMANENT", BROKEN)
+            more = f',"kind":"{kind}","error":{error or said},"retry_in":0,"max_attempts":1'
             answers = self.own.execute(fail(domain, [held(*lease, more)]))
         assert answers == {claimed.command_id: "done"}
         found: UUID = claimed.command_id

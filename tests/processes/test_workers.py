@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from commandbus import (
     CommandBus,
@@ -19,8 +20,11 @@ from commandbus import (
     CommandNotFoundError,
     CommandStateError,
     CommandStatus,
+    DatabaseUnavailableError,
     Finish,
     HandlerRegistry,
+    InvalidCommandError,
+    OutcomeUnknownError,
     Process,
     Processes,
     ProcessRecord,
@@ -30,9 +34,10 @@ from commandbus import (
     TroubleshootingQueue,
     Wait,
     Worker,
+    _database,
 )
 from tests.processes.support import load_example
-from tests.support import Route, aeventually
+from tests.support import Route, aeventually, direct_only
 from tests.worker.support import running
 
 example = load_example()
@@ -197,6 +202,32 @@ async def test_a_start_is_idempotent_by_its_id(route: Route) -> None:
         assert await bus.count() == 1
 
 
+@direct_only
+async def test_a_start_that_was_not_possible_is_told_as_that(route: Route, db: psycopg.Connection) -> None:
+    own = SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+    name = Identifier(db.info.dbname)
+    db.execute(own.format(name, SQL("on")))
+    async with CommandBus(**route) as bus:
+        with pytest.raises(DatabaseUnavailableError, match=r"nothing was done: .*read-only"):
+            await Processes(bus).start_process(Patient, Trial())
+    db.execute(own.format(name, SQL("off")))
+
+
+async def test_a_start_that_was_not_answered_is_told_with_its_id(
+    route: Route, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = uuid4()
+    async with CommandBus(**route) as bus:
+        processes = Processes(bus)
+        with db.transaction(), monkeypatch.context() as patch:
+            db.execute("LOCK commandbus.process")
+            patch.setattr(_database, "CALL_SECONDS", 1.0)  # not 10
+            with pytest.raises(OutcomeUnknownError, match=str(new)) as unknown:
+                await processes.start_process(Patient, Trial(), process_id=new)
+        assert unknown.value.command_id == new
+        assert (await processes.start_process(Patient, Trial(), process_id=new)).process_id == new
+
+
 async def test_a_start_may_join_the_callers_transaction(route: Route, db: psycopg.Connection, dsn: str) -> None:
     async with CommandBus(**route) as bus:
         processes = Processes(bus)
@@ -219,6 +250,17 @@ async def test_pages_of_processes(route: Route) -> None:
         assert [p.process_id for p in (*first, *second)] == started[::-1]
         assert second.next_cursor is None
         assert not (await processes.query_processes(process_type="Other")).items
+
+
+async def test_a_status_may_be_a_string_and_no_other(route: Route) -> None:
+    async with CommandBus(**route) as bus:
+        processes = Processes(bus)
+        await processes.start_process(Patient, Trial())
+        running: Any = "RUNNING"
+        assert len((await processes.query_processes(status=running)).items) == 1
+        wrong: Any = "PENDING"
+        with pytest.raises(InvalidCommandError, match="'PENDING': it must be one of RUNNING, COMPENSATING"):
+            await processes.query_processes(status=wrong)
 
 
 async def test_many_at_once(route: Route, shop: psycopg.Connection) -> None:

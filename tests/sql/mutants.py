@@ -425,6 +425,21 @@ _ALL = (
         "test_process.py::test_the_first_error_compensates_and_later_ones_change_nothing",
     ),
     Mutant(
+        "process-undo-unchecked", "an undo may be larger than what is sent", "process.sql",
+        (("AND NOT commandbus._in_bounds(i.undo", "AND false AND NOT commandbus._in_bounds(i.undo"),),
+        "test_process.py::test_an_undo_that_could_not_be_sent_is_refused_with_its_step",
+    ),
+    Mutant(
+        "process-undo-refused", "an undo that was accepted may be refused", "process.sql",
+        (("IF p_items #>> '{0,kind}' = 'undo' THEN", "IF false THEN"),),
+        "test_process.py::test_an_undo_is_sent_as_it_was_given_whatever_is_allowed_by_now",
+    ),
+    Mutant(
+        "process-reply-stays-parked", "a parked reply holds up compensation", "process.sql",
+        (("WHERE q.domain = p.domain AND q.parked_at IS NOT NULL", "WHERE false AND q.domain = p.domain"),),
+        "test_process.py::test_a_parked_reply_shows_and_does_not_hold_up_compensation[by an operator]",
+    ),
+    Mutant(
         "process-failed-undo", "a failed undo is not told", "process.sql",
         (("AND s.kind = 'undo' AND s.status <> 'COMPLETED') THEN 'FAILED'", "AND false) THEN 'FAILED'"),),
         "test_process.py::test_an_undo_that_fails_holds_up_no_other[refuse]",

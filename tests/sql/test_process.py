@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,9 +11,20 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from commandbus import Compensate, Finish, PermanentCommandError, Process, ProcessReceipt, Reply, Send, Wait
+from commandbus import (
+    Compensate,
+    Finish,
+    InvalidCommandError,
+    PermanentCommandError,
+    Process,
+    ProcessReceipt,
+    Reply,
+    Send,
+    Wait,
+)
 from commandbus._calls import complete, held
 from commandbus._connections import adopt, drive_blocking
+from commandbus._limits import MAX_DEPTH
 from commandbus.process import Next, applying
 from tests.processes.support import Connection, Hand
 from tests.sql.support import Connect, background, one, rows, start_waiting
@@ -77,7 +89,7 @@ class Stuck(Process[Told], domain="trials"):
 
 @pytest.fixture
 def hand(db: Connection) -> Hand:
-    return Hand(db, Trial, Resting, Stuck)
+    return Hand(db, Trial, Resting, Stuck, Large)
 
 
 @pytest.fixture
@@ -146,6 +158,41 @@ def test_an_undo_that_fails_holds_up_no_other(hand: Hand, trial: ProcessReceipt,
     assert ends(hand, trial) == ("FAILED", "NO", [first, "a COMPLETED"])
 
 
+_LARGE = {"text": "x" * 2000}
+_LOWER = "UPDATE commandbus.setting SET value = '1024' WHERE name = 'max_data_bytes'"
+
+
+class Large(Process[Told], domain="trials"):
+    """Its undo has more data than its step, and options."""
+
+    def start(self, state: Told) -> Next:
+        undo = Send("work", "UndoA", _LARGE, delay=DAY, priority=7, max_attempts=3)
+        return [Send("work", "A", undo=undo), Send("work", "B", undo=("work", "UndoB", None))]
+
+
+def test_an_undo_that_could_not_be_sent_is_refused_with_its_step(hand: Hand) -> None:
+    hand.db.execute(_LOWER)
+    with pytest.raises(InvalidCommandError, match=r"the undo of a .*\(1024\)"):
+        hand.start(Large, Told())
+    assert one(hand.db, "SELECT count(*) FROM commandbus.processes") == 0
+
+
+def test_an_undo_is_sent_as_it_was_given_whatever_is_allowed_by_now(hand: Hand) -> None:
+    process = hand.start(Large, Told())
+    hand.do("work", "A")
+    hand.db.execute(_LOWER)
+    verb(hand, "cancel", process.process_id)
+    hand.apply(2)
+    undo = "SELECT status, data, headers, priority, max_attempts, correlation_id, reply_to, due_at - sent_at"
+    assert rows(hand.db, f"{undo} FROM commandbus.commands WHERE command_type = 'UndoA'") == [
+        ("SCHEDULED", _LARGE, {}, 7, 3, str(process.process_id), "trials", DAY)
+    ]
+    hand.wait(2 * DAY)
+    hand.settle()
+    assert ends(hand, process) == ("COMPENSATED", "CANCELED", ["a COMPLETED"])
+    assert rows(hand.db, "SELECT violation FROM commandbus.verify_v1()") == []
+
+
 def test_what_nobody_runs_is_canceled_when_compensation_begins(hand: Hand, trial: ProcessReceipt) -> None:
     hand.do("work", "B", "park")
     hand.do("work", "A", "refuse")
@@ -166,6 +213,28 @@ def test_what_was_cut_off_is_undone_if_it_says_so(hand: Hand, trial: ProcessRece
     assert ends(hand, trial) == ("COMPENSATED", "NO", ["c COMPLETED"])
 
 
+@pytest.mark.parametrize("how", ["by an operator", "by its deadline", "by another step"])
+def test_a_parked_reply_shows_and_does_not_hold_up_compensation(hand: Hand, trial: ProcessReceipt, how: str) -> None:
+    other = hand.start(Resting, Told())
+    hand.do("work", "A")
+    hand.do("trials", "Reply", "park")
+    assert rows(hand.db, "SELECT process_id, parked FROM commandbus.processes ORDER BY 2 DESC") == [
+        (trial.process_id, 1),
+        (other.process_id, 0),
+    ]
+    if how == "by an operator":
+        verb(hand, "cancel", trial.process_id)
+    elif how == "by its deadline":
+        hand.wait(31 * DAY)
+    else:
+        hand.do("work", "B", "refuse")
+    hand.settle()
+    status, _, undone = ends(hand, trial)
+    assert status == "COMPENSATED"
+    assert "a COMPLETED" in undone
+    assert rows(hand.db, "SELECT violation FROM commandbus.verify_v1()") == []
+
+
 def test_a_reply_that_comes_again_or_from_nowhere_does_nothing(hand: Hand, trial: ProcessReceipt) -> None:
     hand.do("work", "A")
     again = """SELECT commandbus.send_v1(jsonb_build_array(jsonb_build_object('domain', domain, 'command_type', 'Reply',
@@ -177,6 +246,21 @@ def test_a_reply_that_comes_again_or_from_nowhere_does_nothing(hand: Hand, trial
     assert hand.status(trial) == ("RUNNING", None)
     hand.settle()
     assert seen(hand, trial) == "abc"
+
+
+@pytest.mark.parametrize("how", ["refused", "too late"])
+def test_an_error_as_deep_as_is_allowed_is_passed_on(hand: Hand, trial: ProcessReceipt, how: str) -> None:
+    """Each that wraps it adds levels of its own: the error, what is said of the deadline."""
+    error = json.dumps({"code": "DEEP", "message": "", "details": json.loads("[" * MAX_DEPTH + "]" * MAX_DEPTH)})
+    hand.do("work", "A", "refuse" if how == "refused" else "park", error=error)
+    if how == "too late":
+        hand.wait(2 * DAY)
+        hand.apply()
+    hand.apply()
+    hand.settle()
+    assert ends(hand, trial) == ("COMPENSATED", "DEEP" if how == "refused" else "DEADLINE", [])
+    kept = one(hand.db, "SELECT error FROM commandbus.processes")
+    assert json.loads(error) == (kept if how == "refused" else kept["details"])
 
 
 def test_it_finishes_when_no_step_is_open(hand: Hand) -> None:

@@ -128,6 +128,8 @@ def test_ends(then: Next, kept: object) -> None:
         Send("a", "A", {1: 2}),
         Wait(datetime(2030, 1, 1)),  # noqa: DTZ001 - that is what is refused
         Wait(timedelta(days=4000)),
+        Compensate(Error("NO", "\0")),
+        Compensate(Error("NO", details={1: 2})),
     ],
     ids=str,
 )
@@ -154,7 +156,7 @@ def test_a_class_without_a_dataclass_is_refused() -> None:
             pass
 
 
-def test_a_class_is_registered_once_and_beside_no_handler_of_replies() -> None:
+def test_a_class_is_registered_once() -> None:
     registry = HandlerRegistry()
     one, other = process(None, type="One"), process(None, type="Other")
     registry.register_process(one)
@@ -162,10 +164,16 @@ def test_a_class_is_registered_once_and_beside_no_handler_of_replies() -> None:
     with pytest.raises(ConfigurationError, match='"One" of "d" is registered already'):
         registry.register_process(one)
     assert [handler.command_type for handler in registry.of_domains(["d"])] == ["Reply", "Timer"]
+
+
+@pytest.mark.parametrize("command_type", ["Reply", "Timer"])
+def test_a_class_that_is_refused_leaves_nothing_registered(command_type: str) -> None:
     taken = HandlerRegistry()
-    taken.handler("d", "Reply")(lambda command, context: None)
-    with pytest.raises(ConfigurationError, match='"Reply" of "d" has a handler already'):
-        taken.register_process(one)
+    taken.handler("d", command_type)(lambda command, context: None)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=f'"{command_type}" of "d" has a handler already'):
+            taken.register_process(process(None))
+    assert [handler.command_type for handler in taken.of_domains(["d"])] == [command_type]
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class SyncProcesses:
         if connection is None:
             return self._call(Processes.start_process, process, state, process_id=process_id)
         self._bus.runtime.check("Processes.start_process")
-        work = beginning(self._bus._local(), process, state, process_id)
+        _, work = beginning(self._bus._local(), process, state, process_id)
         return run_on(connection, replace(work, wake=self._bus._wake_soon))
 
     def get_process(self, domain: str, process_id: UUID) -> ProcessRecord:

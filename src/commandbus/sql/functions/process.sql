@@ -40,15 +40,27 @@ END $$;
 -- _send_steps: sends these commands of a process, and notes them as its steps.
 -- p_items: [{kind, name, command, undo, undo_begun, of, whole, until}, ...]; command and undo as send_v1 takes them.
 -- A deadline stands behind its step, unless it is that of the whole process. until: a moment, in place of a delay.
+-- An undo that is sent stands alone; it was checked with its step. Raises CB001 for one that could not be sent, which the
+-- library cannot know of: it does not always know the setting. And what send_v1 raises.
 CREATE OR REPLACE FUNCTION commandbus._send_steps(p commandbus.process, p_items jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     v_now   timestamptz := commandbus.clock();
     v_count integer;
     v_rows  jsonb;
+    v_name  text;
 BEGIN
     IF coalesce(jsonb_array_length(p_items), 0) = 0 THEN
         RETURN;
+    END IF;
+    SELECT i.name INTO v_name FROM jsonb_to_recordset(p_items) AS i(name text, undo jsonb)
+    WHERE octet_length(i.undo ->> 'data') > 128  -- as in send_v1
+      AND NOT commandbus._in_bounds(i.undo -> 'data', (SELECT l.max_data_bytes FROM commandbus.limits_v1() l)) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'process %: the data of the undo of % are out of bounds', p.process_id, v_name
+            USING ERRCODE = 'CB001', HINT = format(
+                'Nothing was written; they may have max_data_bytes (%s) as text and 64 levels.',
+                (SELECT l.max_data_bytes FROM commandbus.limits_v1() l));
     END IF;
     UPDATE commandbus.process AS t SET steps = t.steps + jsonb_array_length(p_items)
     WHERE t.domain = p.domain AND t.process_id = p.process_id RETURNING t.steps INTO v_count;
@@ -69,7 +81,25 @@ BEGIN
     SELECT jsonb_agg(CASE WHEN i.until IS NULL THEN i.command ELSE i.command || jsonb_build_object(
                'delay', greatest(0, extract(epoch FROM i.until - v_now))) END ORDER BY i.n)
       INTO v_rows FROM item i;
-    PERFORM commandbus.send_v1(v_rows::text);
+    IF p_items #>> '{0,kind}' = 'undo' THEN
+        PERFORM commandbus._send_undo(v_rows -> 0, v_now);
+    ELSE
+        PERFORM commandbus.send_v1(v_rows::text);
+    END IF;
+END $$;
+
+-- _send_undo: (sent) -> PENDING | SCHEDULED. Not through send_v1: what was accepted with its step is sent, also when
+-- the owner has lowered max_data_bytes since.
+CREATE OR REPLACE FUNCTION commandbus._send_undo(p_undo jsonb, p_now timestamptz) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_due timestamptz := p_now + make_interval(secs => (p_undo ->> 'delay')::double precision);
+BEGIN
+    PERFORM commandbus._send_prepared(
+        jsonb_build_object('headers', '{}'::jsonb, 'priority', 0) || p_undo || jsonb_build_object(
+            'status', CASE WHEN v_due > p_now THEN 'SCHEDULED' ELSE 'PENDING' END, 'sent_at', p_now,
+            'not_before', v_due,
+            'data_hash', commandbus._data_hash(p_undo ->> 'command_type', p_undo -> 'data')));
 END $$;
 
 -- _withdraw: cancels a command of a process, if it is unfinished; one that a worker runs only with p_running.
@@ -118,12 +148,14 @@ BEGIN
 END $$;
 
 -- _compensate: RUNNING -> COMPENSATING. Of the steps that are open, what no worker runs is canceled: nobody needs it any
--- more, least of all an operator. What runs is awaited: it may succeed, and is undone then.
+-- more, least of all an operator. What runs is awaited: it may succeed, and is undone then. What has ended and whose
+-- reply is parked goes on: its class failed at that, and is not asked any more.
 CREATE OR REPLACE FUNCTION commandbus._compensate(p commandbus.process, p_error jsonb, p_operator text DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     s record;
+    c commandbus.command;
 BEGIN
     UPDATE commandbus.process AS t SET status = 'COMPENSATING', error = p_error, result = NULL
     WHERE t.domain = p.domain AND t.process_id = p.process_id;
@@ -132,6 +164,14 @@ BEGIN
              WHERE t.domain = p.domain AND t.process_id = p.process_id AND t.kind = 'step' AND t.status = 'OPEN'
              ORDER BY t.number LOOP
         PERFORM commandbus._withdraw(s.command_domain, s.command_id, false, p_operator, 'the process is compensated');
+    END LOOP;
+    FOR c IN SELECT q.* FROM commandbus.command q
+             WHERE q.domain = p.domain AND q.parked_at IS NOT NULL AND q.command_type = 'Reply'
+               AND q.data ->> 'command_id' IN (
+                   SELECT t.command_id::text FROM commandbus.process_step t
+                   WHERE t.domain = p.domain AND t.process_id = p.process_id AND t.status = 'OPEN')
+             ORDER BY q.command_id FOR UPDATE LOOP
+        PERFORM commandbus._retry(c, coalesce(p_operator, 'commandbus'), 'the process is compensated', NULL);
     END LOOP;
     PERFORM commandbus._undo_next(p);
 END $$;

@@ -172,7 +172,9 @@ class Batches:
         Raises `BatchNotFoundError`, or `CommandStateError` when somebody adds to it for longer than five seconds.
         """
         first = _batch_calls.open_page(domain, _id(batch_id), 0)
-        await self.database.repeat(first, LONG_SECONDS, long=True)  # who may not read them is refused before it is closed
+        await self.database.repeat(
+            first, LONG_SECONDS, long=True
+        )  # who may not read them is refused before it is closed
         await self.database.repeat(_batch_calls.close(domain, batch_id))
         items, end = await self.database.repeat(first, LONG_SECONDS, long=True)
         while end is not None:

@@ -451,8 +451,19 @@ _ALL = (
     ),
     Mutant(
         "process-kept-for-ever", "processes outlive their retention", "partitions.sql",
-        (("WHERE q.finished_at < p_oldest", "WHERE false"),),
+        (("WHERE p.finished_at < v_oldest", "WHERE false"),),
         "test_process.py::test_finished_processes_leave_when_their_retention_is_over",
+    ),
+    # ---------------------------------------------------------------------------------------------- retention
+    Mutant(
+        "portion-unbounded", "a batch leaves with all its list in one call, however long it is", "partitions.sql",
+        ((" LIMIT v_left));", "));"),),
+        "test_retention.py::test_a_large_batch_leaves_in_portions",
+    ),
+    Mutant(
+        "portion-waits", "retention waits for who keeps a batch", "partitions.sql",
+        (("ORDER BY b.finished_at FOR UPDATE SKIP LOCKED", "ORDER BY b.finished_at FOR UPDATE"),),
+        "test_retention.py::test_what_somebody_keeps_is_passed_over",
     ),
 )  # fmt: skip
 

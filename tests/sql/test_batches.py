@@ -329,20 +329,3 @@ def test_adding_holds_up_no_counting(db: Connection, connect: Connect) -> None:
     assert one(db, "SELECT completed FROM commandbus.batch") == 1  # in the row itself: it did not have to wait
     adding.commit()
     assert counts(db, batch_id) == {"total": 2, "completed": 1, "open": 1}
-
-
-# --------------------------------------------------------------------------------------------- retention
-
-
-def test_retention_forgets_finished_batches(db: Connection) -> None:
-    growing = create(db)
-    ended = batch_of(db, 2)
-    lease_verb(db, "complete", *[item(row) for row in claim(db)])
-    assert finished(db, ended)
-    shift(db, 29 * 24 * HOUR)
-    rows(db, "SELECT * FROM commandbus.drop_expired_v1()")
-    assert len(rows(db, "SELECT FROM commandbus.batch")) == 2
-    shift(db, 31 * 24 * HOUR)
-    rows(db, "SELECT * FROM commandbus.drop_expired_v1()")
-    assert [str(row[0]) for row in rows(db, "SELECT batch_id FROM commandbus.batch")] == [growing]
-    assert rows(db, "SELECT FROM commandbus.batch_command") == []

@@ -266,19 +266,3 @@ BEGIN
         RETURN NEXT;
     END LOOP;
 END $$;
-
--- _drop_batches: forgets batches that finished before this moment, with the list of their commands: up to 10,000 lines
--- of it and 100 batches a call. Locks: those rows, never waiting for one.
-CREATE OR REPLACE FUNCTION commandbus._drop_batches(p_before timestamptz) RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    DELETE FROM commandbus.batch_command b WHERE b.ctid = ANY (ARRAY(
-        SELECT m.ctid FROM commandbus.batch t
-        JOIN commandbus.batch_command m ON m.domain = t.domain AND m.batch_id = t.batch_id
-        WHERE t.finished_at < p_before LIMIT 10000 FOR UPDATE OF m SKIP LOCKED));
-    DELETE FROM commandbus.batch b WHERE b.ctid = ANY (ARRAY(
-        SELECT t.ctid FROM commandbus.batch t
-        WHERE t.finished_at < p_before AND NOT EXISTS (
-            SELECT FROM commandbus.batch_command m WHERE m.domain = t.domain AND m.batch_id = t.batch_id)
-        LIMIT 100 FOR UPDATE SKIP LOCKED));
-END $$;

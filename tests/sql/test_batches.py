@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from uuid import uuid4
 
 import psycopg
@@ -172,8 +173,10 @@ def test_a_batch_that_grows_does_not_finish(db: Connection) -> None:
     assert counts(db, batch_id) == {"total": 1, "completed": 1}
     assert not finished(db, batch_id)
     close(db, batch_id)
-    assert finished(db, batch_id)
+    ended = one(db, "SELECT finished_at FROM commandbus.batches")
+    assert ended is not None
     close(db, batch_id)
+    assert one(db, "SELECT finished_at FROM commandbus.batches") == ended
     assert told(db) == 1
 
 
@@ -200,14 +203,14 @@ def test_who_counts_waits_for_the_one_before_and_finishes_the_batch(db: Connecti
     batch_id = batch_of(db, 2)
     first, second = [item(row) for row in claim(db)]
     # Longer than a test may take, in place of 100 ms.
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '60s'")
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '60s'")
     other = connect()
     assert outcome(other, "complete", first) == "done"
     with background() as pool:
         waiting = start_waiting(pool, db, impatient(connect(autocommit=True)), lambda c: outcome(c, "complete", second))
         other.commit()
         assert waiting.result() == "done"
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '100ms'")
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '100ms'")
     assert finished(db, batch_id)
     assert told(db) == 1
 
@@ -329,3 +332,56 @@ def test_adding_holds_up_no_counting(db: Connection, connect: Connect) -> None:
     assert one(db, "SELECT completed FROM commandbus.batch") == 1  # in the row itself: it did not have to wait
     adding.commit()
     assert counts(db, batch_id) == {"total": 2, "completed": 1, "open": 1}
+
+
+# ------------------------------------------------------------------------------ what hinders the end of a batch
+
+
+def sent_before(db: Connection, batch_id: str) -> str:
+    """Send another command under the id of what the batch sends at its end, which anybody may see."""
+    known = one(db, "SELECT on_complete_id::text FROM commandbus.batches WHERE batch_id = %s", batch_id)
+    assert send(db, {"command_id": known, "domain": "reports", "data": "of somebody's"}) == [(known, "accepted")]
+    return str(known)
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["waiting", "ended"])
+def test_a_batch_ends_although_somebody_has_sent_what_it_sends_then(db: Connection, ended: bool) -> None:
+    batch_id = batch_of(db, 1)
+    known = sent_before(db, batch_id)
+    if ended:
+        db.execute("SELECT commandbus.cancel_v1('reports', %s, NULL, NULL)", [known])
+    assert rows(db, "SELECT * FROM commandbus.verify_v1()") == []
+    assert outcome(db, "complete", item(claim(db)[0])) == "done"
+    assert finished(db, batch_id)
+    assert rows(db, "SELECT data FROM commandbus.commands WHERE domain = 'reports'") == [("of somebody's",)]
+
+
+def test_who_is_sending_what_a_batch_sends_at_its_end_holds_up_no_command(db: Connection, connect: Connect) -> None:
+    batch_id = batch_of(db, 1)
+    other = connect()
+    sent_before(other, batch_id)
+    (leased,) = claim(db)
+    assert outcome(impatient(connect(autocommit=True)), "complete", item(leased)) == "done"
+    assert counts(db, batch_id) == {"total": 1, "completed": 1}
+    sweep(db)
+    assert not finished(db, batch_id)
+    other.rollback()
+    sweep(db)
+    assert finished(db, batch_id)
+    assert rows(db, "SELECT data FROM commandbus.commands WHERE domain = 'reports'") == [({"of": "batch"},)]
+
+
+def test_a_batch_that_cannot_be_counted_fails_no_command_and_no_claim(db: Connection) -> None:
+    broken, sound = batch_of(db, 1), batch_of(db, 1)
+    before = one(db, "SELECT on_complete FROM commandbus.batch WHERE batch_id = %s", broken)
+    change = "UPDATE commandbus.batch SET on_complete = %s WHERE batch_id = %s"
+    db.execute(change, [json.dumps(before | {"priority": "high"}), broken])
+    leased = [item(row) for row in claim(db)]
+    assert lease_verb(db, "complete", *leased) == sorted((one_["command_id"], "done") for one_ in leased)
+    send(db)
+    assert len(claim(db, sweep=True)) == 1
+    assert counts(db, broken) == {"total": 1, "completed": 1}
+    assert (finished(db, broken), finished(db, sound)) == (False, True)
+    db.execute(change, [json.dumps(before), broken])
+    sweep(db)
+    assert finished(db, broken)

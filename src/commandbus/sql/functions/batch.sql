@@ -12,19 +12,31 @@
 -- Locks: commands, then batches. Counting takes FOR NO KEY UPDATE, adding FOR KEY SHARE, closing FOR UPDATE: additions
 -- and counting pass each other, and closing waits for additions.
 
--- _turn: locks a batch for counting, with p_patient waited for up to 100 ms; whether that was possible.
-CREATE OR REPLACE FUNCTION commandbus._turn(p_domain text, p_batch_id uuid, p_patient boolean) RETURNS boolean
+-- _turn: puts this change into its batch, which it locks and, with p_patient, waits for; whether it could. No wait in it
+-- is longer than 100 ms. Whatever the bookkeeping of a batch fails of, it must not fail the end of a command, nor a
+-- claim: there it is tried again by each sweep.
+CREATE OR REPLACE FUNCTION commandbus._turn(p_change commandbus.batch_change, p_patient boolean) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
     IF p_patient THEN
-        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id FOR NO KEY UPDATE;
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_change.domain AND t.batch_id = p_change.batch_id
+        FOR NO KEY UPDATE;
     ELSE
-        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id
+        PERFORM set_config('lock_timeout', '1ms', true);
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_change.domain AND t.batch_id = p_change.batch_id
         FOR NO KEY UPDATE SKIP LOCKED;
     END IF;
-    RETURN FOUND;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-    RETURN false;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM commandbus._settle(p_change);
+    RETURN true;
+EXCEPTION
+    WHEN lock_not_available OR deadlock_detected THEN
+        RETURN false;
+    WHEN OTHERS THEN
+        RAISE WARNING 'batch % cannot be counted yet: %', p_change.batch_id, SQLSTATE;
+        RETURN false;
 END $$;
 
 -- _count: p_change more commands of these batches, each as often as it is named, are in this status.
@@ -47,9 +59,7 @@ BEGIN
                    CASE p_status WHEN 'FAILED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'CANCELED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'IN_TROUBLESHOOTING_QUEUE' THEN b.more ELSE 0 END);
-        IF NOT v_alone AND commandbus._turn(p_domain, b.batch_id, v_calm) THEN
-            PERFORM commandbus._settle(v_more);
-        ELSE
+        IF v_alone OR NOT commandbus._turn(v_more, v_calm) THEN
             INSERT INTO commandbus.batch_change SELECT v_more.*;
             v_calm := false;
         END IF;
@@ -87,8 +97,8 @@ BEGIN
     END IF;
 END $$;
 
--- _settle_all: puts in what waits, of batches that nobody keeps: what no later counting would. Locks: those batches,
--- never waiting for one.
+-- _settle_all: puts in what waits, of batches that nobody keeps: what no later counting would. One that fails holds up
+-- no other. Locks: those batches, never waiting for one.
 CREATE OR REPLACE FUNCTION commandbus._settle_all(p_domain text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -100,7 +110,7 @@ BEGIN
             SELECT DISTINCT w.batch_id FROM commandbus.batch_change w WHERE w.domain = p_domain))
         ORDER BY t.batch_id LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED
     LOOP
-        PERFORM commandbus._settle((p_domain, v_batch_id, 0, 0, 0, 0, 0)::commandbus.batch_change);
+        PERFORM commandbus._turn((p_domain, v_batch_id, 0, 0, 0, 0, 0)::commandbus.batch_change, false);
     END LOOP;
 END $$;
 
@@ -122,7 +132,9 @@ BEGIN
     RETURN v_prepared;
 END $$;
 
--- _send_prepared: (sent) -> PENDING | SCHEDULED, as if it were sent now. Locks: none that anybody holds.
+-- _send_prepared: (sent) -> PENDING | SCHEDULED, as if it were sent now. Its id could be seen before: if somebody has sent
+-- a command under it meanwhile, that remains the only one, as with send_v1. Locks: waits for an uncommitted command of the
+-- same id. Raises 40001 when that leaves just then.
 CREATE OR REPLACE FUNCTION commandbus._send_prepared(p_prepared jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -142,7 +154,9 @@ BEGIN
     SELECT v_command.domain, v_command.command_id, v_command.command_type, v_command.status, v_command.place,
            v_command.due_at, v_command.priority, v_command.max_attempts, v_command.sent_at, v_command.not_before,
            v_command.correlation_id, v_command.reply_to, v_command.data_hash,
-           coalesce(v_command.data, 'null'), v_command.headers;  -- a record cannot tell null of JSON from none
+           coalesce(v_command.data, 'null'), v_command.headers  -- a record cannot tell null of JSON from none
+    ON CONFLICT (domain, command_id) DO NOTHING;
+    PERFORM commandbus._settle_own_id(v_command.domain, v_command.command_id, v_command.data_hash, FOUND);
 END $$;
 
 -- create_batch_v1: an empty batch that grows. Answers accepted, duplicate (there is one of this id and hash; nothing is
@@ -210,7 +224,7 @@ END $$;
 
 -- close_batch_v1: no more will be added: the batch finishes with its last command, now if all have ended. Closing twice
 -- is no error. Locks: the batch, waited for up to 5 s: for those who add. Raises CB003 somebody adds for longer, CB004
--- above READ COMMITTED, where it would not see what was added since its transaction began, CB005.
+-- above READ COMMITTED, where it would not see what was added since its transaction began, CB005; 40001 try again.
 CREATE OR REPLACE FUNCTION commandbus.close_batch_v1(p_domain text, p_batch_id uuid) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 BEGIN

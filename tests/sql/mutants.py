@@ -165,6 +165,16 @@ _ALL = (
         (("    WHEN OTHERS THEN\n", "    WHEN assert_failure THEN\n"),),
         "test_batches.py::test_a_batch_that_cannot_be_counted_fails_no_command_and_no_claim",
     ),
+    Mutant(
+        "batch-ever-patient", "each command of a call waits anew for who keeps its batch", "batch.sql",
+        (("set_config('commandbus.impatient', 'on', true)", "set_config('commandbus.impatient', 'off', true)"),),
+        "test_batches.py::test_a_call_for_many_waits_once_for_who_keeps_their_batch[retry]",
+    ),
+    Mutant(
+        "batch-never-patient", "a session that waited in vain once never waits for a batch again", "batch.sql",
+        (("set_config('commandbus.impatient', 'on', true)", "set_config('commandbus.impatient', 'on', false)"),),
+        "test_batches.py::test_the_next_transaction_waits_again",
+    ),
     # ------------------------------------------------------------------------------------------------ sending
     Mutant(
         "send-forgets-history", "an own id is not looked up in history", "send.sql",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from uuid import uuid4
 
 import psycopg
@@ -308,6 +309,44 @@ def test_one_who_keeps_many_batches_is_waited_for_once(db: Connection, connect: 
     assert [finished(db, batch_id) for batch_id in batches] == [True] * 3
 
 
+@pytest.mark.parametrize("verb", ["retry", "cancel", "complete", "cancel_bulk"])
+def test_a_call_for_many_waits_once_for_who_keeps_their_batch(db: Connection, connect: Connect, verb: str) -> None:
+    batch_id = batch_of(db, 101)
+    kept, *parked = [item(row) for row in claim(db, 101)]
+    lease_verb(db, "fail PERMANENT", *parked)
+    application = connect()
+    assert outcome(application, "complete", kept) == "done"
+    hurried = connect(autocommit=True)
+    hurried.execute("SET statement_timeout = '9s'")  # 100 times 100 ms, and as long again to count what ended
+    if verb == "cancel_bulk":
+        answer = rows(
+            hurried, "SELECT outcome FROM commandbus.cancel_bulk_v1('d', %s, 'ana', 'why')", json.dumps(parked)
+        )
+    else:
+        answer = [(word,) for _, word in bulk(hurried, verb, *parked)]
+    assert answer == [("done",)] * 100
+    application.commit()
+    sweep(db)
+    name = {"retry": "open", "complete": "completed"}.get(verb, "canceled")
+    assert counts(db, batch_id) == {"total": 101, **Counter({"completed": 1}) + Counter({name: 100})}
+    assert finished(db, batch_id) == (verb != "retry")
+
+
+def test_the_next_transaction_waits_again(db: Connection, connect: Connect) -> None:
+    batch_of(db, 3)
+    kept, second, third = [item(row) for row in claim(db)]
+    application, worker = connect(), connect(autocommit=True)
+    assert outcome(application, "complete", kept) == "done"
+    assert outcome(worker, "complete", second) == "done"
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '60s'")
+    with background() as pool:
+        waiting = start_waiting(pool, db, impatient(worker), lambda c: outcome(c, "complete", third))
+        application.commit()
+        assert waiting.result() == "done"
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '100ms'")
+    assert told(db) == 1
+
+
 def test_closing_waits_for_what_is_being_added(db: Connection, connect: Connect) -> None:
     batch_id = create(db, on_complete=DONE)
     adding = connect()
@@ -344,11 +383,11 @@ def sent_before(db: Connection, batch_id: str) -> str:
     return str(known)
 
 
-@pytest.mark.parametrize("ended", [False, True], ids=["waiting", "ended"])
-def test_a_batch_ends_although_somebody_has_sent_what_it_sends_then(db: Connection, ended: bool) -> None:
+@pytest.mark.parametrize("state", ["waiting", "ended"])
+def test_a_batch_ends_although_somebody_has_sent_what_it_sends_then(db: Connection, state: str) -> None:
     batch_id = batch_of(db, 1)
     known = sent_before(db, batch_id)
-    if ended:
+    if state == "ended":
         db.execute("SELECT commandbus.cancel_v1('reports', %s, NULL, NULL)", [known])
     assert rows(db, "SELECT * FROM commandbus.verify_v1()") == []
     assert outcome(db, "complete", item(claim(db)[0])) == "done"

@@ -13,12 +13,13 @@
 -- and counting pass each other, and closing waits for additions.
 
 -- _turn: puts this change into its batch, which it locks and, with p_patient, waits for; whether it could. No wait in it
--- is longer than 100 ms. Whatever the bookkeeping of a batch fails of, it must not fail the end of a command, nor a
+-- is longer than 100 ms, and a transaction waits in vain once: a call may end hundreds of commands, and somebody may keep
+-- many batches. Whatever the bookkeeping of a batch fails of, it must not fail the end of a command, nor a
 -- claim: there it is tried again by each sweep.
 CREATE OR REPLACE FUNCTION commandbus._turn(p_change commandbus.batch_change, p_patient boolean) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
-    IF p_patient THEN
+    IF p_patient AND current_setting('commandbus.impatient', true) IS DISTINCT FROM 'on' THEN
         PERFORM FROM commandbus.batch t WHERE t.domain = p_change.domain AND t.batch_id = p_change.batch_id
         FOR NO KEY UPDATE;
     ELSE
@@ -33,6 +34,7 @@ BEGIN
     RETURN true;
 EXCEPTION
     WHEN lock_not_available OR deadlock_detected THEN
+        PERFORM set_config('commandbus.impatient', 'on', true);
         RETURN false;
     WHEN OTHERS THEN
         RAISE WARNING 'batch % cannot be counted yet: %', p_change.batch_id, SQLSTATE;
@@ -40,8 +42,7 @@ EXCEPTION
 END $$;
 
 -- _count: p_change more commands of these batches, each as often as it is named, are in this status.
--- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row. A call
--- waits in vain for one batch only: somebody may keep many.
+-- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row.
 CREATE OR REPLACE FUNCTION commandbus._count(
     p_domain text, p_batches uuid[], p_status text, p_change integer DEFAULT 1) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -49,7 +50,6 @@ DECLARE
     v_alone CONSTANT boolean :=
         current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted');
     v_more  commandbus.batch_change;
-    v_calm  boolean := true;
     b       record;
 BEGIN
     FOR b IN SELECT n.batch_id, count(*)::integer * p_change AS more FROM unnest(p_batches) AS n (batch_id)
@@ -59,9 +59,8 @@ BEGIN
                    CASE p_status WHEN 'FAILED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'CANCELED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'IN_TROUBLESHOOTING_QUEUE' THEN b.more ELSE 0 END);
-        IF v_alone OR NOT commandbus._turn(v_more, v_calm) THEN
+        IF v_alone OR NOT commandbus._turn(v_more, true) THEN
             INSERT INTO commandbus.batch_change SELECT v_more.*;
-            v_calm := false;
         END IF;
     END LOOP;
 END $$;

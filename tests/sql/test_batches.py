@@ -172,6 +172,7 @@ def test_a_batch_that_grows_does_not_finish(db: Connection) -> None:
     add(db, batch_id, {})
     lease_verb(db, "complete", item(claim(db)[0]))
     assert counts(db, batch_id) == {"total": 1, "completed": 1}
+    assert one(db, "SELECT completed FROM commandbus.batch") == 1  # in the row itself: nothing was wrong with that
     assert not finished(db, batch_id)
     close(db, batch_id)
     ended = one(db, "SELECT finished_at FROM commandbus.batches")

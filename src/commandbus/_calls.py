@@ -343,3 +343,8 @@ def drop_expired() -> Call[list[tuple[str, list[int] | None]]]:
         (),
         lambda rows: [(r[0], r[1]) for r in rows],
     )
+
+
+def drop_finished() -> Call[bool]:
+    """Take out a portion of the batches and processes whose retention is over; returns whether more may be left."""
+    return Call("SELECT commandbus.drop_finished_v1()", (), lambda rows: bool(rows[0][0]))

@@ -13,6 +13,7 @@ from commandbus.cli import checks, doctor
 from commandbus.cli.checks import CHECKS, Level
 from commandbus.embedded import EmbeddedPostgres
 from tests.acceptance.cli_support import CommandLine, Park, at_once, execute
+from tests.sql.batch_support import ended_long_ago
 
 Connect = Callable[..., psycopg.Connection]
 
@@ -186,6 +187,21 @@ def test_a_week_past_its_retention_is_a_warning(dsn: str, db: psycopg.Connection
     assert level(dsn, "retention") == "OK"
     db.execute("select commandbus._make_partition('2020-01-08')")
     assert examine(dsn, "retention") == [("WARNING", "the finished commands of 2020w02 are past it, and still there")]
+
+
+def test_batches_and_processes_past_their_retention_are_a_warning(dsn: str, db: psycopg.Connection) -> None:
+    ended_long_ago(db, 1, days=30)
+    assert level(dsn, "retention") == "OK"
+    ended_long_ago(db, 1)
+    db.execute(
+        "insert into commandbus.process (domain, process_id, process_type, status, state, state_version, result, "
+        "data_hash, started_at, updated_at, finished_at) select 'd', gen_random_uuid(), 'Trial', 'COMPLETED', '1', 1, "
+        "'1', '', t.at, t.at, t.at from (select clock_timestamp() - interval '31 days' as at) t"
+    )
+    assert examine(dsn, "retention") == [
+        ("WARNING", "finished batches are past it, and still there"),
+        ("WARNING", "finished processes are past it, and still there"),
+    ]
 
 
 # -- what a row says ---------------------------------------------------------------------------------------------------

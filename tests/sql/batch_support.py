@@ -42,6 +42,20 @@ def batch_of(db: Connection, count: int, *, on_complete: Row | None = DONE) -> s
     return batch_id
 
 
+def ended_long_ago(db: Connection, total: int, days: int = 40) -> str:
+    """Write down a batch of so many commands, whose weeks were dropped."""
+    return str(one(db, """
+        WITH made AS (
+            INSERT INTO commandbus.batch (domain, batch_id, total, completed, growing, created_at, finished_at)
+            SELECT 'd', gen_random_uuid(), n.total, n.total, false, n.at, n.at
+            FROM (SELECT %s AS total, clock_timestamp() - make_interval(days => %s) AS at) n RETURNING *
+        ), listed AS (
+            INSERT INTO commandbus.batch_command
+            SELECT m.domain, m.batch_id, n, gen_random_uuid() FROM made m, generate_series(1, m.total) n
+        )
+        SELECT m.batch_id FROM made m""", total, days))  # fmt: skip
+
+
 def counts(db: Connection, batch_id: str) -> dict[str, int]:
     """The counts that are not 0."""
     names = ("total", "completed", "failed", "canceled", "in_trouble", "open")

@@ -125,7 +125,7 @@ _ALL = (
         "test_batches.py::test_a_sweep_that_parks_counts",
     ),
     Mutant(
-        "batch-told-again", "a batch that has ended is told again", "batch.sql",
+        "batch-ends-again", "a batch that has ended ends again", "batch.sql",
         ((" AND t.finished_at IS NULL\n    RETURNING", "\n    RETURNING"),),
         "test_batches.py::test_a_batch_that_grows_does_not_finish",
     ),
@@ -149,6 +149,31 @@ _ALL = (
         "batch-closed-early", "closing does not wait for those who add", "batch.sql",
         (("AND t.batch_id = p_batch_id FOR KEY SHARE;", "AND t.batch_id = p_batch_id;"),),
         "test_batches.py::test_closing_waits_for_what_is_being_added",
+    ),
+    Mutant(
+        "batch-id-taken", "a batch cannot end when somebody has sent what it sends then", "batch.sql",
+        (("    ON CONFLICT (domain, command_id) DO NOTHING;", ";"),),
+        "test_batches.py::test_a_batch_ends_although_somebody_has_sent_what_it_sends_then[waiting]",
+    ),
+    Mutant(
+        "batch-sends-again", "a batch sends under an id that history knows", "batch.sql",
+        (("v_command.data_hash, FOUND);", "v_command.data_hash, FOUND) WHERE NOT FOUND;"),),
+        "test_batches.py::test_a_batch_ends_although_somebody_has_sent_what_it_sends_then[ended]",
+    ),
+    Mutant(
+        "batch-fails-claims", "a batch that cannot be counted fails commands and claims", "batch.sql",
+        (("    WHEN OTHERS THEN\n", "    WHEN assert_failure THEN\n"),),
+        "test_batches.py::test_a_batch_that_cannot_be_counted_fails_no_command_and_no_claim",
+    ),
+    Mutant(
+        "batch-ever-patient", "each command of a call waits anew for who keeps its batch", "batch.sql",
+        (("set_config('commandbus.impatient', 'on', true)", "set_config('commandbus.impatient', 'off', true)"),),
+        "test_batches.py::test_a_call_for_many_waits_once_for_who_keeps_their_batch[retry]",
+    ),
+    Mutant(
+        "batch-never-patient", "a session that waited in vain once never waits for a batch again", "batch.sql",
+        (("set_config('commandbus.impatient', 'on', true)", "set_config('commandbus.impatient', 'on', false)"),),
+        "test_batches.py::test_the_next_transaction_waits_again",
     ),
     # ------------------------------------------------------------------------------------------------ sending
     Mutant(
@@ -466,8 +491,19 @@ _ALL = (
     ),
     Mutant(
         "process-kept-for-ever", "processes outlive their retention", "partitions.sql",
-        (("WHERE q.finished_at < p_oldest", "WHERE false"),),
+        (("WHERE p.finished_at < v_oldest", "WHERE false"),),
         "test_process.py::test_finished_processes_leave_when_their_retention_is_over",
+    ),
+    # ---------------------------------------------------------------------------------------------- retention
+    Mutant(
+        "portion-unbounded", "a batch leaves with all its list in one call, however long it is", "partitions.sql",
+        ((" LIMIT v_left));", "));"),),
+        "test_retention.py::test_a_large_batch_leaves_in_portions",
+    ),
+    Mutant(
+        "portion-waits", "retention waits for who keeps a batch", "partitions.sql",
+        (("ORDER BY b.finished_at FOR UPDATE SKIP LOCKED", "ORDER BY b.finished_at FOR UPDATE"),),
+        "test_retention.py::test_what_somebody_keeps_is_passed_over",
     ),
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ CORRUPTIONS = {
     ),
     "it ended too early": ("batch_end batch_message", "UPDATE commandbus.batch SET finished_at = clock_timestamp()"),
     "it did not end": (
-        "batch_end batch_message",
+        "batch_end",
         "UPDATE commandbus.batch SET finished_at = NULL",
     ),
     "its end was not told": ("batch_message", "DELETE FROM commandbus.command WHERE domain = 'reports'"),

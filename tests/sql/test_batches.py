@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from uuid import uuid4
 
 import psycopg
@@ -170,10 +172,13 @@ def test_a_batch_that_grows_does_not_finish(db: Connection) -> None:
     add(db, batch_id, {})
     lease_verb(db, "complete", item(claim(db)[0]))
     assert counts(db, batch_id) == {"total": 1, "completed": 1}
+    assert one(db, "SELECT completed FROM commandbus.batch") == 1  # in the row itself: nothing was wrong with that
     assert not finished(db, batch_id)
     close(db, batch_id)
-    assert finished(db, batch_id)
+    ended = one(db, "SELECT finished_at FROM commandbus.batches")
+    assert ended is not None
     close(db, batch_id)
+    assert one(db, "SELECT finished_at FROM commandbus.batches") == ended
     assert told(db) == 1
 
 
@@ -200,14 +205,14 @@ def test_who_counts_waits_for_the_one_before_and_finishes_the_batch(db: Connecti
     batch_id = batch_of(db, 2)
     first, second = [item(row) for row in claim(db)]
     # Longer than a test may take, in place of 100 ms.
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '60s'")
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '60s'")
     other = connect()
     assert outcome(other, "complete", first) == "done"
     with background() as pool:
         waiting = start_waiting(pool, db, impatient(connect(autocommit=True)), lambda c: outcome(c, "complete", second))
         other.commit()
         assert waiting.result() == "done"
-    db.execute("ALTER FUNCTION commandbus._turn(text, uuid, boolean) SET lock_timeout = '100ms'")
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '100ms'")
     assert finished(db, batch_id)
     assert told(db) == 1
 
@@ -305,6 +310,44 @@ def test_one_who_keeps_many_batches_is_waited_for_once(db: Connection, connect: 
     assert [finished(db, batch_id) for batch_id in batches] == [True] * 3
 
 
+@pytest.mark.parametrize("verb", ["retry", "cancel", "complete", "cancel_bulk"])
+def test_a_call_for_many_waits_once_for_who_keeps_their_batch(db: Connection, connect: Connect, verb: str) -> None:
+    batch_id = batch_of(db, 101)
+    kept, *parked = [item(row) for row in claim(db, 101)]
+    lease_verb(db, "fail PERMANENT", *parked)
+    application = connect()
+    assert outcome(application, "complete", kept) == "done"
+    hurried = connect(autocommit=True)
+    hurried.execute("SET statement_timeout = '9s'")  # 100 times 100 ms, and as long again to count what ended
+    if verb == "cancel_bulk":
+        answer = rows(
+            hurried, "SELECT outcome FROM commandbus.cancel_bulk_v1('d', %s, 'ana', 'why')", json.dumps(parked)
+        )
+    else:
+        answer = [(word,) for _, word in bulk(hurried, verb, *parked)]
+    assert answer == [("done",)] * 100
+    application.commit()
+    sweep(db)
+    name = {"retry": "open", "complete": "completed"}.get(verb, "canceled")
+    assert counts(db, batch_id) == {"total": 101, **Counter({"completed": 1}) + Counter({name: 100})}
+    assert finished(db, batch_id) == (verb != "retry")
+
+
+def test_the_next_transaction_waits_again(db: Connection, connect: Connect) -> None:
+    batch_of(db, 3)
+    kept, second, third = [item(row) for row in claim(db)]
+    application, worker = connect(), connect(autocommit=True)
+    assert outcome(application, "complete", kept) == "done"
+    assert outcome(worker, "complete", second) == "done"
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '60s'")
+    with background() as pool:
+        waiting = start_waiting(pool, db, impatient(worker), lambda c: outcome(c, "complete", third))
+        application.commit()
+        assert waiting.result() == "done"
+    db.execute("ALTER FUNCTION commandbus._turn(commandbus.batch_change, boolean) SET lock_timeout = '100ms'")
+    assert told(db) == 1
+
+
 def test_closing_waits_for_what_is_being_added(db: Connection, connect: Connect) -> None:
     batch_id = create(db, on_complete=DONE)
     adding = connect()
@@ -331,18 +374,54 @@ def test_adding_holds_up_no_counting(db: Connection, connect: Connect) -> None:
     assert counts(db, batch_id) == {"total": 2, "completed": 1, "open": 1}
 
 
-# --------------------------------------------------------------------------------------------- retention
+# ------------------------------------------------------------------------------ what hinders the end of a batch
 
 
-def test_retention_forgets_finished_batches(db: Connection) -> None:
-    growing = create(db)
-    ended = batch_of(db, 2)
-    lease_verb(db, "complete", *[item(row) for row in claim(db)])
-    assert finished(db, ended)
-    shift(db, 29 * 24 * HOUR)
-    rows(db, "SELECT * FROM commandbus.drop_expired_v1()")
-    assert len(rows(db, "SELECT FROM commandbus.batch")) == 2
-    shift(db, 31 * 24 * HOUR)
-    rows(db, "SELECT * FROM commandbus.drop_expired_v1()")
-    assert [str(row[0]) for row in rows(db, "SELECT batch_id FROM commandbus.batch")] == [growing]
-    assert rows(db, "SELECT FROM commandbus.batch_command") == []
+def sent_before(db: Connection, batch_id: str) -> str:
+    """Send another command under the id of what the batch sends at its end, which anybody may see."""
+    known = one(db, "SELECT on_complete_id::text FROM commandbus.batches WHERE batch_id = %s", batch_id)
+    assert send(db, {"command_id": known, "domain": "reports", "data": "of somebody's"}) == [(known, "accepted")]
+    return str(known)
+
+
+@pytest.mark.parametrize("state", ["waiting", "ended"])
+def test_a_batch_ends_although_somebody_has_sent_what_it_sends_then(db: Connection, state: str) -> None:
+    batch_id = batch_of(db, 1)
+    known = sent_before(db, batch_id)
+    if state == "ended":
+        db.execute("SELECT commandbus.cancel_v1('reports', %s, NULL, NULL)", [known])
+    assert rows(db, "SELECT * FROM commandbus.verify_v1()") == []
+    assert outcome(db, "complete", item(claim(db)[0])) == "done"
+    assert finished(db, batch_id)
+    assert rows(db, "SELECT data FROM commandbus.commands WHERE domain = 'reports'") == [("of somebody's",)]
+
+
+def test_who_is_sending_what_a_batch_sends_at_its_end_holds_up_no_command(db: Connection, connect: Connect) -> None:
+    batch_id = batch_of(db, 1)
+    other = connect()
+    sent_before(other, batch_id)
+    (leased,) = claim(db)
+    assert outcome(impatient(connect(autocommit=True)), "complete", item(leased)) == "done"
+    assert counts(db, batch_id) == {"total": 1, "completed": 1}
+    sweep(db)
+    assert not finished(db, batch_id)
+    other.rollback()
+    sweep(db)
+    assert finished(db, batch_id)
+    assert rows(db, "SELECT data FROM commandbus.commands WHERE domain = 'reports'") == [({"of": "batch"},)]
+
+
+def test_a_batch_that_cannot_be_counted_fails_no_command_and_no_claim(db: Connection) -> None:
+    broken, sound = batch_of(db, 1), batch_of(db, 1)
+    before = one(db, "SELECT on_complete FROM commandbus.batch WHERE batch_id = %s", broken)
+    change = "UPDATE commandbus.batch SET on_complete = %s WHERE batch_id = %s"
+    db.execute(change, [json.dumps(before | {"priority": "high"}), broken])
+    leased = [item(row) for row in claim(db)]
+    assert lease_verb(db, "complete", *leased) == sorted((one_["command_id"], "done") for one_ in leased)
+    send(db)
+    assert len(claim(db, sweep=True)) == 1
+    assert counts(db, broken) == {"total": 1, "completed": 1}
+    assert (finished(db, broken), finished(db, sound)) == (False, True)
+    db.execute(change, [json.dumps(before), broken])
+    sweep(db)
+    assert finished(db, broken)

@@ -427,7 +427,7 @@ def test_finished_processes_leave_when_their_retention_is_over(hand: Hand, trial
     hand.settle()
     hand.start(Stuck, Told())
     hand.wait(40 * DAY)
-    hand.db.execute("SELECT * FROM commandbus.drop_expired_v1()")
+    hand.db.execute("SELECT * FROM commandbus.drop_finished_v1()")
     assert [row[0] for row in rows(hand.db, "SELECT process_type FROM commandbus.processes")] == ["Stuck"]
     assert one(hand.db, "SELECT count(*) FROM commandbus.process_step") == 1
 

@@ -186,7 +186,8 @@ def live(session: Connection) -> list[str]:
         assert [outcome(session, "renew", item(lease)) for lease in leased] == ["done", "done"]
         assert outcome(session, "release", item(leased[0])) == "done"
         assert outcome(session, "fail PERMANENT", item(leased[1])) == "done"
-        session.execute("SELECT commandbus.drop_expired_v1(), commandbus.make_partitions_v1(), commandbus.schema_v1()")
+        session.execute("SELECT commandbus.drop_expired_v1(), commandbus.drop_finished_v1()")
+        session.execute("SELECT commandbus.make_partitions_v1(), commandbus.schema_v1()")
     with acting(session, "commandbus_operator"):
         parked = str(leased[1]["command_id"])
         session.execute("SELECT commandbus.operator_retry_v1('d', %s, 'ana', 'why', '1')", [parked])

@@ -239,14 +239,19 @@ def history(ahead: int, enough: bool) -> Verdict:  # noqa: FBT001 - a column
 
 @_check(
     "retention",
-    f"SELECT w.name FROM {_WEEKS}, commandbus.setting s WHERE s.name = 'retention' "  # noqa: S608 - ours
-    "AND w.week + interval '169 hours' < clock_timestamp() - s.value::interval ORDER BY 1",
-    "no week of the history is past it",
+    f"""WITH past AS (SELECT clock_timestamp() - s.value::interval - interval '1 hour' AS at
+                      FROM commandbus.setting s WHERE s.name = 'retention')
+       SELECT 'the finished commands of ' || w.name FROM {_WEEKS}, past p WHERE w.week + interval '168 hours' < p.at
+       UNION ALL SELECT 'finished batches' FROM past p
+       WHERE EXISTS (SELECT FROM commandbus.batches b WHERE b.finished_at < p.at)
+       UNION ALL SELECT 'finished processes' FROM past p
+       WHERE EXISTS (SELECT FROM commandbus.processes c WHERE c.finished_at < p.at) ORDER BY 1""",  # noqa: S608 - ours
+    "no week of the history is past it, no batch and no process",
 )
-def retention(week: str) -> Verdict:
-    """A week is dropped within an hour after its retention is over."""
-    advice = "run a worker; if one runs, its log names the sessions that hold the week"
-    return Verdict(Level.WARNING, f"the finished commands of {week} are past it, and still there", advice)
+def retention(what: str) -> Verdict:
+    """What is finished is dropped within an hour after its retention is over."""
+    advice = "run a worker; if one runs, its log names the sessions that hold a week"
+    return Verdict(Level.WARNING, f"{what} are past it, and still there", advice)
 
 
 # -- the role ----------------------------------------------------------------------------------------------------

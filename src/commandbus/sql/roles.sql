@@ -64,6 +64,7 @@ BEGIN
             ('announce_v1',          'worker'),
             ('leave_v1',             'worker'),
             ('drop_expired_v1',      'worker'),
+            ('drop_finished_v1',     'worker'),
             ('take_reply_v1',        'worker'),
             ('advance_process_v1',   'worker'),  -- sends the steps that follow
             ('retry_process_v1',     'operator'),

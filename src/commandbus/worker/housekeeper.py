@@ -16,6 +16,7 @@ logger = logging.getLogger("commandbus.worker")
 
 _PAUSE = 600.0  # seconds
 _PAUSE_WHEN_BLOCKED = 60.0
+_PAUSE_BETWEEN_PORTIONS = 0.1
 
 
 class Housekeeper:
@@ -35,7 +36,7 @@ class Housekeeper:
             await asyncio.sleep(pause)
 
     async def _look(self) -> float:
-        """Make and drop weeks; returns when to look again, in seconds."""
+        """Make and drop weeks, drop batches and processes; returns when to look again, in seconds."""
         await self._database.run(_calls.make_partitions())
         pause = _PAUSE
         for week, blocked_by in await self._database.run(_calls.drop_expired()):
@@ -44,4 +45,6 @@ class Housekeeper:
             else:
                 logger.warning("the finished commands of %s cannot be dropped: sessions %s hold them", week, blocked_by)
                 pause = _PAUSE_WHEN_BLOCKED
+        while await self._database.run(_calls.drop_finished()):  # noqa: ASYNC110 - so that others get at the disk
+            await asyncio.sleep(_PAUSE_BETWEEN_PORTIONS)
         return pause

@@ -12,24 +12,37 @@
 -- Locks: commands, then batches. Counting takes FOR NO KEY UPDATE, adding FOR KEY SHARE, closing FOR UPDATE: additions
 -- and counting pass each other, and closing waits for additions.
 
--- _turn: locks a batch for counting, with p_patient waited for up to 100 ms; whether that was possible.
-CREATE OR REPLACE FUNCTION commandbus._turn(p_domain text, p_batch_id uuid, p_patient boolean) RETURNS boolean
+-- _turn: puts this change into its batch, which it locks and, with p_patient, waits for; whether it could. No wait in it
+-- is longer than 100 ms, and a transaction waits in vain once: a call may end hundreds of commands, and somebody may keep
+-- many batches. Whatever the bookkeeping of a batch fails of, it must not fail the end of a command, nor a
+-- claim: there it is tried again by each sweep.
+CREATE OR REPLACE FUNCTION commandbus._turn(p_change commandbus.batch_change, p_patient boolean) RETURNS boolean
 LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
-    IF p_patient THEN
-        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id FOR NO KEY UPDATE;
+    IF p_patient AND current_setting('commandbus.impatient', true) IS DISTINCT FROM 'on' THEN
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_change.domain AND t.batch_id = p_change.batch_id
+        FOR NO KEY UPDATE;
     ELSE
-        PERFORM FROM commandbus.batch t WHERE t.domain = p_domain AND t.batch_id = p_batch_id
+        PERFORM set_config('lock_timeout', '1ms', true);
+        PERFORM FROM commandbus.batch t WHERE t.domain = p_change.domain AND t.batch_id = p_change.batch_id
         FOR NO KEY UPDATE SKIP LOCKED;
     END IF;
-    RETURN FOUND;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-    RETURN false;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    PERFORM commandbus._settle(p_change);
+    RETURN true;
+EXCEPTION
+    WHEN lock_not_available OR deadlock_detected THEN
+        PERFORM set_config('commandbus.impatient', 'on', true);
+        RETURN false;
+    WHEN OTHERS THEN
+        RAISE WARNING 'batch % cannot be counted yet: %', p_change.batch_id, SQLSTATE;
+        RETURN false;
 END $$;
 
 -- _count: p_change more commands of these batches, each as often as it is named, are in this status.
--- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row. A call
--- waits in vain for one batch only: somebody may keep many.
+-- Above READ COMMITTED a transaction cannot see what others have counted since it began: there it leaves a row.
 CREATE OR REPLACE FUNCTION commandbus._count(
     p_domain text, p_batches uuid[], p_status text, p_change integer DEFAULT 1) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -37,7 +50,6 @@ DECLARE
     v_alone CONSTANT boolean :=
         current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted');
     v_more  commandbus.batch_change;
-    v_calm  boolean := true;
     b       record;
 BEGIN
     FOR b IN SELECT n.batch_id, count(*)::integer * p_change AS more FROM unnest(p_batches) AS n (batch_id)
@@ -47,11 +59,8 @@ BEGIN
                    CASE p_status WHEN 'FAILED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'CANCELED' THEN b.more ELSE 0 END,
                    CASE p_status WHEN 'IN_TROUBLESHOOTING_QUEUE' THEN b.more ELSE 0 END);
-        IF NOT v_alone AND commandbus._turn(p_domain, b.batch_id, v_calm) THEN
-            PERFORM commandbus._settle(v_more);
-        ELSE
+        IF v_alone OR NOT commandbus._turn(v_more, true) THEN
             INSERT INTO commandbus.batch_change SELECT v_more.*;
-            v_calm := false;
         END IF;
     END LOOP;
 END $$;
@@ -87,8 +96,8 @@ BEGIN
     END IF;
 END $$;
 
--- _settle_all: puts in what waits, of batches that nobody keeps: what no later counting would. Locks: those batches,
--- never waiting for one.
+-- _settle_all: puts in what waits, of batches that nobody keeps: what no later counting would. One that fails holds up
+-- no other. Locks: those batches, never waiting for one.
 CREATE OR REPLACE FUNCTION commandbus._settle_all(p_domain text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -100,7 +109,7 @@ BEGIN
             SELECT DISTINCT w.batch_id FROM commandbus.batch_change w WHERE w.domain = p_domain))
         ORDER BY t.batch_id LIMIT 100 FOR NO KEY UPDATE SKIP LOCKED
     LOOP
-        PERFORM commandbus._settle((p_domain, v_batch_id, 0, 0, 0, 0, 0)::commandbus.batch_change);
+        PERFORM commandbus._turn((p_domain, v_batch_id, 0, 0, 0, 0, 0)::commandbus.batch_change, false);
     END LOOP;
 END $$;
 
@@ -122,7 +131,9 @@ BEGIN
     RETURN v_prepared;
 END $$;
 
--- _send_prepared: (sent) -> PENDING | SCHEDULED, as if it were sent now. Locks: none that anybody holds.
+-- _send_prepared: (sent) -> PENDING | SCHEDULED, as if it were sent now. Its id could be seen before: if somebody has sent
+-- a command under it meanwhile, that remains the only one, as with send_v1. Locks: waits for an uncommitted command of the
+-- same id. Raises 40001 when that leaves just then.
 CREATE OR REPLACE FUNCTION commandbus._send_prepared(p_prepared jsonb) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -142,7 +153,9 @@ BEGIN
     SELECT v_command.domain, v_command.command_id, v_command.command_type, v_command.status, v_command.place,
            v_command.due_at, v_command.priority, v_command.max_attempts, v_command.sent_at, v_command.not_before,
            v_command.correlation_id, v_command.reply_to, v_command.data_hash,
-           coalesce(v_command.data, 'null'), v_command.headers;  -- a record cannot tell null of JSON from none
+           coalesce(v_command.data, 'null'), v_command.headers  -- a record cannot tell null of JSON from none
+    ON CONFLICT (domain, command_id) DO NOTHING;
+    PERFORM commandbus._settle_own_id(v_command.domain, v_command.command_id, v_command.data_hash, FOUND);
 END $$;
 
 -- create_batch_v1: an empty batch that grows. Answers accepted, duplicate (there is one of this id and hash; nothing is
@@ -210,7 +223,7 @@ END $$;
 
 -- close_batch_v1: no more will be added: the batch finishes with its last command, now if all have ended. Closing twice
 -- is no error. Locks: the batch, waited for up to 5 s: for those who add. Raises CB003 somebody adds for longer, CB004
--- above READ COMMITTED, where it would not see what was added since its transaction began, CB005.
+-- above READ COMMITTED, where it would not see what was added since its transaction began, CB005; 40001 try again.
 CREATE OR REPLACE FUNCTION commandbus.close_batch_v1(p_domain text, p_batch_id uuid) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 BEGIN
@@ -265,20 +278,4 @@ BEGIN
         END IF;
         RETURN NEXT;
     END LOOP;
-END $$;
-
--- _drop_batches: forgets batches that finished before this moment, with the list of their commands: up to 10,000 lines
--- of it and 100 batches a call. Locks: those rows, never waiting for one.
-CREATE OR REPLACE FUNCTION commandbus._drop_batches(p_before timestamptz) RETURNS void
-LANGUAGE plpgsql AS $$
-BEGIN
-    DELETE FROM commandbus.batch_command b WHERE b.ctid = ANY (ARRAY(
-        SELECT m.ctid FROM commandbus.batch t
-        JOIN commandbus.batch_command m ON m.domain = t.domain AND m.batch_id = t.batch_id
-        WHERE t.finished_at < p_before LIMIT 10000 FOR UPDATE OF m SKIP LOCKED));
-    DELETE FROM commandbus.batch b WHERE b.ctid = ANY (ARRAY(
-        SELECT t.ctid FROM commandbus.batch t
-        WHERE t.finished_at < p_before AND NOT EXISTS (
-            SELECT FROM commandbus.batch_command m WHERE m.domain = t.domain AND m.batch_id = t.batch_id)
-        LIMIT 100 FOR UPDATE SKIP LOCKED));
 END $$;

@@ -92,7 +92,11 @@ def cancel(
 ) -> int:
     """End all commands of a batch that have not ended, and the batch with them."""
     return _act(
-        "canceled", dsn, lambda bus: bus.cancel_batch(domain, batch_id, operator=operator, reason=reason), as_json
+        "canceled",
+        "ended meanwhile",
+        dsn,
+        lambda bus: bus.cancel_batch(domain, batch_id, operator=operator, reason=reason),
+        as_json,
     )
 
 
@@ -107,16 +111,22 @@ def retry(
 ) -> int:
     """Put the parked commands of a batch back in line, with a full budget of attempts."""
     return _act(
-        "retried", dsn, lambda bus: bus.retry_batch(domain, batch_id, operator=operator, reason=reason), as_json
+        "retried",
+        "no longer parked, or parked anew",
+        dsn,
+        lambda bus: bus.retry_batch(domain, batch_id, operator=operator, reason=reason),
+        as_json,
     )
 
 
-def _act(verb: str, dsn: str | None, work: Callable[[CommandBus], Awaitable[BulkResult]], as_json: bool) -> int:  # noqa: FBT001
+def _act(
+    verb: str, changed: str, dsn: str | None, work: Callable[[CommandBus], Awaitable[BulkResult]], as_json: bool
+) -> int:  # noqa: FBT001
     result = ask(dsn, work)
     if as_json:
         terminal.print_json(asdict(result))
     else:
-        left = {"ended meanwhile": result.changed, "locked by somebody": result.busy}
+        left = {changed: result.changed, "locked by somebody": result.busy}
         terminal.say(", ".join([f"{verb}: {result.done:,}", *(f"{n:,} {why}" for why, n in left.items() if n)]))
     return 1 if result.busy else 0
 

@@ -20,11 +20,13 @@ from commandbus._calls import Outgoing
 from commandbus._chunks import chunks
 from commandbus._connections import Steps, Work, arun_on
 from commandbus._database import Database
+from commandbus._desk_calls import check_words
 from commandbus._failures import brief, is_connection_lost, is_unavailable, refusals_of
 from commandbus._ids import new_id
 from commandbus._limits import shown
 from commandbus.errors import (
     CommandIdConflictError,
+    ConfigurationError,
     DatabaseUnavailableError,
     InvalidCommandError,
     OutcomeUnknownError,
@@ -171,8 +173,10 @@ class Batches:
         Some hundreds at a time, each time durable: when it was interrupted, call it again.
         Raises `BatchNotFoundError`, or `CommandStateError` when somebody adds to it for longer than five seconds.
         """
-        first = _batch_calls.open_page(domain, _id(batch_id), 0)
-        await self.database.repeat(first, LONG_SECONDS, long=True)  # who may not read them is refused before it is closed
+        check_words(f"batch {_id(batch_id)}: ", operator, reason)
+        first = _batch_calls.open_page(domain, batch_id, 0)
+        # Who may not read them is refused before it is closed.
+        await self.database.repeat(first, LONG_SECONDS, long=True)
         await self.database.repeat(_batch_calls.close(domain, batch_id))
         items, end = await self.database.repeat(first, LONG_SECONDS, long=True)
         while end is not None:

@@ -328,6 +328,16 @@ async def test_a_batch_is_cancelled(bus: CommandBus, db: Connection) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "who", [{"operator": 5}, {"reason": "NUL\0"}], ids=["an operator that is none", "a reason with a NUL"]
+)
+async def test_who_cannot_be_kept_is_refused_before_the_batch_is_closed(bus: CommandBus, who: dict[str, Any]) -> None:
+    batch = await bus.create_batch(DOMAIN, requests(1), growing=True)
+    with pytest.raises(InvalidCommandError, match=f"batch {batch.batch_id}: {next(iter(who))} "):
+        await bus.cancel_batch(DOMAIN, batch.batch_id, **WHO | who)
+    assert await bus.get_batch(DOMAIN, batch.batch_id) == batch
+
+
 async def test_the_parked_commands_of_a_batch_are_put_back(bus: CommandBus) -> None:
     well = False
 

@@ -155,6 +155,7 @@ class Batches:
 
         Looks every `interval`; what changes between two looks is seen as one change. Raises `BatchNotFoundError`.
         """
+        pause = pause_of(interval)
         seen = None
         while True:
             batch = await self.get_batch(domain, batch_id)
@@ -163,7 +164,7 @@ class Batches:
                 yield batch
             if batch.done:
                 return
-            await asyncio.sleep(interval.total_seconds())  # also after a change: one that drains changes all the time
+            await asyncio.sleep(pause)  # also after a change: one that drains changes all the time
 
     async def cancel_batch(
         self: _Bus, domain: str, batch_id: UUID, *, operator: str | None = None, reason: str | None = None
@@ -262,6 +263,14 @@ class Batches:
         if maybe_done:
             raise OutcomeUnknownError(f"batch {batch_id} may or may not have been written: {problem}", batch_id)
         raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {problem}")
+
+
+def pause_of(interval: timedelta) -> float:
+    """Return the seconds between two looks at a batch; for the other half. Raises `ConfigurationError`."""
+    given: object = interval
+    if not isinstance(given, timedelta) or given <= timedelta(0):
+        raise ConfigurationError(f"interval is {shown(given)}: it must be a timedelta above zero")
+    return given.total_seconds()
 
 
 def _adding(domain: str, batch_id: UUID, everything: list[Outgoing]) -> Steps[Batch]:

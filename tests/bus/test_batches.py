@@ -19,6 +19,7 @@ from commandbus import (
     CommandIdConflictError,
     CommandStateError,
     CommandStatus,
+    ConfigurationError,
     HandlerContext,
     InvalidCommandError,
     OutcomeUnknownError,
@@ -367,6 +368,13 @@ async def test_the_end_of_a_batch_is_handled_by_a_worker(bus: CommandBus) -> Non
         await finished(bus, batch)
         assert (await settled(bus, batch.on_complete)).status == CommandStatus.COMPLETED
     assert (await bus.get_batch(DOMAIN, batch.batch_id)).done
+
+
+@pytest.mark.parametrize("interval", [timedelta(0), timedelta(seconds=-1), 1], ids=["none", "below zero", "a number"])
+async def test_watching_without_a_pause_is_refused_before_anything_is_read(bus: CommandBus, interval: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ConfigurationError, match="interval is .*: it must be a timedelta above zero"):
+        async for _ in bus.watch_batch(DOMAIN, uuid4(), interval=interval):
+            pass
 
 
 @async_only("cancels a task")

@@ -244,9 +244,7 @@ async def test_ten_thousand_waits_are_one_statement_at_a_time(
     assert sessions <= before + 2  # the listener, and a connection of the pool
 
 
-@pytest.mark.parametrize(
-    "trouble", ["PERFORM pg_sleep(20)", "RAISE SQLSTATE '53200'"], ids=["no time", "no memory"]
-)
+@pytest.mark.parametrize("trouble", ["PERFORM pg_sleep(20)", "RAISE SQLSTATE '53200'"], ids=["no time", "no memory"])
 async def test_what_cannot_be_looked_at_together_is_looked_at_in_smaller_parts(
     bus: CommandBus, db: Connection, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:

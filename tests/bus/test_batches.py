@@ -372,7 +372,7 @@ async def test_the_end_of_a_batch_is_handled_by_a_worker(bus: CommandBus) -> Non
 
 @pytest.mark.parametrize("interval", [timedelta(0), timedelta(seconds=-1), 1], ids=["none", "below zero", "a number"])
 async def test_watching_without_a_pause_is_refused_before_anything_is_read(bus: CommandBus, interval: Any) -> None:  # noqa: ANN401
-    with pytest.raises(ConfigurationError, match="interval is .*: it must be a timedelta above zero"):
+    with pytest.raises(ConfigurationError, match=r"interval is .*: it must be a timedelta above zero"):
         async for _ in bus.watch_batch(DOMAIN, uuid4(), interval=interval):
             pass
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -180,14 +180,13 @@ class Worker:
         lanes: dict[tuple[str, str], list[str]] = {}
         for handler in self._handlers:
             lanes.setdefault((handler.domain, _kind(handler)), []).append(handler.command_type)
-        free = {
-            "loop": self._free,
-            "thread": self._free_threads,
-            "transaction": self._free_transactions,
-            "thread with a transaction": lambda: min(self._free_threads(), self._free_transactions()),
+        free: dict[str, tuple[Callable[[], int], ...]] = {
+            "loop": (self._free,),
+            "thread": (self._free_threads, self._free_ahead),
+            "transaction": (self._free_transactions,),
+            "thread with a transaction": (lambda: min(self._free_threads(), self._free_transactions()),),
         }
-        ahead = {"thread": self._free_ahead}
-        return [Lane(domain, types, free[kind], ahead.get(kind, lambda: 0)) for (domain, kind), types in lanes.items()]
+        return [Lane(domain, types, *free[kind]) for (domain, kind), types in lanes.items()]
 
     def _heartbeat(self, database: Database) -> Heartbeat:
         types: dict[str, list[str]] = {}
@@ -291,7 +290,7 @@ class Worker:
             finishing.cancel()
         await _ended({finishing, *helpers})
         self._threads.close()
-        self._runner.close()
+        self._runner.blocking.close()
         await self._renewer.stop(_RENEWER_SECONDS)
 
     def _report(self) -> StopReport:

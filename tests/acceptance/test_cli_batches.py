@@ -71,9 +71,9 @@ def test_retry_cancel_and_watch(cli: CommandLine, dsn: str, db: psycopg.Connecti
     ],
 )
 def test_what_was_quicker_is_told(
-    cli: CommandLine, dsn: str, db: psycopg.Connection, verb: str, function: str, said: str
+    cli: CommandLine, db: psycopg.Connection, verb: str, function: str, said: str
 ) -> None:
-    batch = create(dsn, 1)
+    batch = create(cli.dsn, 1)
     fail(db, lease(db, "Buy", domain="shop"), "PERMANENT", domain="shop")
     db.execute(
         f"DROP FUNCTION commandbus.{function}; CREATE FUNCTION commandbus.{function}(VARIADIC given text[]) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 from uuid import UUID
@@ -106,7 +107,7 @@ def show_parked(
 ) -> None:
     """Show a parked command, everything that happened to it, and the group that it belongs to."""
 
-    async def read(bus: CommandBus) -> tuple[Story, list[TroubleshootingGroup]]:
+    async def read(bus: CommandBus) -> tuple[Story, Sequence[TroubleshootingGroup]]:
         story = await read_story(bus, command_id, domain)
         command = story.command
         fingerprint = await bus.database.repeat(_desk_calls.fingerprint(command.domain, command_id))
@@ -114,8 +115,8 @@ def show_parked(
             raise CommandStateError(
                 f"command {command_id} is {command.status}, not parked: `commandbus show` tells its story"
             )
-        queue = TroubleshootingQueue(bus)
-        return story, await queue.groups(command.domain, command_type=command.command_type, fingerprint=fingerprint)
+        which = TroubleshootingFilter(command.domain, command_type=command.command_type, fingerprint=fingerprint)
+        return story, (await TroubleshootingQueue(bus).preview(which)).groups
 
     story, found = ask(dsn, read)
     if as_json:

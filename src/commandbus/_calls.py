@@ -1,7 +1,8 @@
 """The protocol with the database, without I/O: one value for each SQL function or view that is used.
 
-A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This is
-the only Python that names the SQL functions which change something, beside `_batch_calls`; `_queries` has what reads.
+A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This,
+`_desk_calls`, `_batch_calls` and `_process_calls` are the only Python that names the SQL functions which change
+something; `_queries` has what reads.
 """
 
 from __future__ import annotations

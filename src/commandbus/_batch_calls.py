@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from commandbus._calls import Answers, Call, Row
+from commandbus._calls import Answers, Call, Row, as_text
 from commandbus._desk_calls import Parked
 from commandbus._queries import COMMANDS, Source, conditions, page
 from commandbus.errors import BatchNotFoundError
@@ -21,7 +21,7 @@ _COLUMNS = (
 
 
 def _batch(row: Row) -> Batch:
-    *fields, domain, command_id = row
+    *fields, domain, command_id = map(as_text, row)
     fields.append(None if command_id is None else Receipt(domain, command_id))
     return Batch(*fields)
 
@@ -35,7 +35,7 @@ def create(domain: str, batch_id: UUID, name: str | None, on_complete: str | Non
     return Call(
         "SELECT commandbus.create_batch_v1(%s, %s, %s, %s, %s)",
         (domain, batch_id, name, on_complete, digest),
-        lambda rows: str(rows[0][0]),
+        lambda rows: as_text(rows[0][0]),
     )
 
 
@@ -44,7 +44,7 @@ def add(domain: str, batch_id: UUID, commands: Sequence[str]) -> Call[list[str]]
     return Call(
         "SELECT outcome FROM commandbus.add_to_batch_v1(%s, %s, %s)",
         (domain, batch_id, f"[{','.join(commands)}]"),
-        lambda rows: [str(row[0]) for row in rows],
+        lambda rows: [as_text(row[0]) for row in rows],
     )
 
 

@@ -66,7 +66,7 @@ class Pace:
 
 
 class Bulk:
-    """One action on many parked commands, batch by batch, and how far it came."""
+    """One action on many commands, batch by batch, and how far it came."""
 
     def __init__(
         self,

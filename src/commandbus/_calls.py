@@ -1,7 +1,8 @@
 """The protocol with the database, without I/O: one value for each SQL function or view that is used.
 
-A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This is
-the only Python that names the SQL functions which change something, beside `_batch_calls`; `_queries` has what reads.
+A `Call` says what to execute and how to read the rows; `_database` executes it on a connection of any colour. This,
+`_desk_calls`, `_batch_calls` and `_process_calls` are the only Python that names the SQL functions which change
+something; `_queries` has what reads.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Call(Generic[T]):
     sql: str
     params: tuple[object, ...]
     read: Callable[[list[Row]], T]
+
+
+def as_text(value: Any) -> Any:  # noqa: ANN401 - of a row
+    """Return bytes as text, anything else as it is: on a caller's connection the client encoding may be SQL_ASCII."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 # -- sending -----------------------------------------------------------------------------------------------------------
@@ -122,8 +128,7 @@ def send(rows: Sequence[str], lock_timeout_ms: int | None = None) -> Call[list[s
     return Call(
         "SELECT outcome FROM commandbus.send_v1(%s, %s)",
         (f"[{','.join(rows)}]", lock_timeout_ms),
-        # A caller's connection to a database without an encoding answers in bytes.
-        lambda found: [row[0].decode() if isinstance(row[0], bytes) else row[0] for row in found],
+        lambda found: [as_text(row[0]) for row in found],
     )
 
 
@@ -239,7 +244,7 @@ def _lease_call(name: str, domain: str, items: Sequence[str], *more: object) -> 
     return Call(
         f"SELECT command_id, outcome FROM commandbus.{name}(%s, %s{marks})",
         (domain, f"[{','.join(items)}]", *more),
-        lambda rows: dict(rows),  # noqa: PLW0108 - `dict` alone has too many types
+        lambda rows: {row[0]: as_text(row[1]) for row in rows},
     )
 
 
@@ -292,11 +297,11 @@ def transaction(*, last: bool = False) -> Call[str]:
     the transaction, whose lock on the command would keep everybody from finding the lease expired.
     """
     if not last:
-        return Call("SELECT pg_current_xact_id()::text", (), lambda rows: str(rows[0][0]))
+        return Call("SELECT pg_current_xact_id()::text", (), lambda rows: as_text(rows[0][0]))
     return Call(
         "SELECT pg_current_xact_id()::text, set_config('idle_in_transaction_session_timeout', '10s', true)",
         (),
-        lambda rows: str(rows[0][0]),
+        lambda rows: as_text(rows[0][0]),
     )
 
 

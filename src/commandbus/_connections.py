@@ -63,8 +63,8 @@ class Work(Generic[T]):
     """
 
     steps: Steps[T]
-    wake: Wake
-    domains: frozenset[str]
+    wake: Wake = lambda _: None
+    domains: frozenset[str] = frozenset()
     all_or_none: bool = False
 
     def on(self, own: Own) -> Steps[T]:

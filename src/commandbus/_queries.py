@@ -12,6 +12,7 @@ from typing import Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from commandbus._calls import MAX_DELAY, Call, Row
+from commandbus._limits import shown
 from commandbus.errors import InvalidCommandError
 from commandbus.model import (
     AuditEvent,
@@ -265,8 +266,9 @@ def conditions(
 
 def check_age(name: str, age: timedelta) -> None:
     """Raise `InvalidCommandError` for an age that is out of bounds."""
-    if not timedelta(0) <= age <= MAX_DELAY:
-        raise InvalidCommandError(f"{name} is {age}: it must be 0 to {MAX_DELAY.days} days")
+    given: object = age
+    if not isinstance(given, timedelta) or not timedelta(0) <= given <= MAX_DELAY:
+        raise InvalidCommandError(f"{name} is {shown(given)}: it must be a timedelta of 0 to {MAX_DELAY.days} days")
 
 
 def where_clause(conditions: list[str]) -> str:

@@ -112,6 +112,7 @@ class Waits:
         self._waits: dict[str, list[Wait]] = {}  # by command id, as hints have it
         self._hinted: dict[str, None] = {}  # in order
         self._due: list[tuple[float, int, Wait]] = []  # a heap
+        self._most = _MAX_KEYS  # fewer while looks fail: 1,000 results of 1 MiB each never came within the deadline
         self._numbers = itertools.count()
         self._stirred = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -208,16 +209,16 @@ class Waits:
             timer.cancel()
 
     def _take(self) -> list[Wait]:
-        """Take what was heard of, then what is due; of up to 1,000 commands, about."""
+        """Take what was heard of, then what is due; of as many commands as a look may be for, about."""
         found: list[Wait] = []
-        while self._hinted and len(found) < _MAX_KEYS:
+        while self._hinted and len(found) < self._most:
             command_id = next(iter(self._hinted))
             del self._hinted[command_id]
             found += [wait for wait in self._waits.get(command_id, ()) if not wait.ended.done()]
         now = asyncio.get_running_loop().time()
         if not found and self._due and self._due[0][0] > now:
             return []
-        while self._due and self._due[0][0] <= now + _TOGETHER and len(found) < _MAX_KEYS:
+        while self._due and self._due[0][0] <= now + _TOGETHER and len(found) < self._most:
             wait = heapq.heappop(self._due)[2]
             if not wait.ended.done():
                 found.append(wait)
@@ -234,11 +235,13 @@ class Waits:
             found = await self._database.repeat(_queries.outcomes(keys))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is theirs who wait
             if is_unavailable(error):
+                self._most = max(1, len(keys) // 2)
                 logger.info("%d commands could not be looked at, again soon: %s", len(keys), brief(error))
             else:
                 for wait in waits:
                     wait.fail(own_copy(error))
         else:
+            self._most = min(_MAX_KEYS, self._most * 2)
             for wait in waits:
                 if wait.key in found and (found[wait.key] or wait in sent):
                     wait.settle(found[wait.key])

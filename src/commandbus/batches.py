@@ -20,11 +20,13 @@ from commandbus._calls import Outgoing
 from commandbus._chunks import chunks
 from commandbus._connections import Steps, Work, arun_on
 from commandbus._database import Database, DeadlineError
+from commandbus._desk_calls import check_words
 from commandbus._failures import brief, is_connection_lost, is_unavailable, refusals_of
 from commandbus._ids import new_id
 from commandbus._limits import shown
 from commandbus.errors import (
     CommandIdConflictError,
+    ConfigurationError,
     DatabaseUnavailableError,
     InvalidCommandError,
     OutcomeUnknownError,
@@ -155,6 +157,7 @@ class Batches:
 
         Looks every `interval`; what changes between two looks is seen as one change. Raises `BatchNotFoundError`.
         """
+        pause = pause_of(interval)
         seen = None
         while True:
             batch = await self.get_batch(domain, batch_id)
@@ -163,7 +166,7 @@ class Batches:
                 yield batch
             if batch.done:
                 return
-            await asyncio.sleep(interval.total_seconds())  # also after a change: one that drains changes all the time
+            await asyncio.sleep(pause)  # also after a change: one that drains changes all the time
 
     async def cancel_batch(
         self: _Bus, domain: str, batch_id: UUID, *, operator: str | None = None, reason: str | None = None
@@ -173,7 +176,8 @@ class Batches:
         Some hundreds at a time, each time durable: when it was interrupted, call it again.
         Raises `BatchNotFoundError`, or `CommandStateError` when somebody adds to it for longer than five seconds.
         """
-        first = _batch_calls.open_page(domain, _id(batch_id), 0)
+        check_words(f"batch {_id(batch_id)}: ", operator, reason)
+        first = _batch_calls.open_page(domain, batch_id, 0)
         # Who may not read them is refused before it is closed.
         await self.database.repeat(first, LONG_SECONDS, long=True)
         await self.database.repeat(_batch_calls.close(domain, batch_id))
@@ -277,6 +281,14 @@ async def insist(do: Callable[[], Awaitable[T]], what: str, its_id: UUID, *, tri
     if maybe_done:
         raise OutcomeUnknownError(f"{what} may or may not have been written: {problem}", its_id)
     raise DatabaseUnavailableError(f"PostgreSQL cannot do it now, nothing was done: {problem}")
+
+
+def pause_of(interval: timedelta) -> float:
+    """Return the seconds between two looks at a batch; for the other half. Raises `ConfigurationError`."""
+    given: object = interval
+    if not isinstance(given, timedelta) or given <= timedelta(0):
+        raise ConfigurationError(f"interval is {shown(given)}: it must be a timedelta above zero")
+    return given.total_seconds()
 
 
 def _adding(domain: str, batch_id: UUID, everything: list[Outgoing]) -> Steps[Batch]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 from uuid import UUID
 
 import psycopg
@@ -45,8 +45,6 @@ from commandbus.model import (
 )
 from commandbus.reading import Reading, key_of
 from commandbus.tracing import NoTracing, Tracing
-
-T = TypeVar("T")
 
 
 class CommandBus(Reading, Batches):

@@ -2,13 +2,13 @@
 
     CommandBusError
     ├── InvalidCommandError       what was given cannot be a command           CB001
-    ├── CommandNotFoundError      no command has this id in this domain        CB002
+    ├── CommandNotFoundError      no command or process has this id in this domain   CB002
     ├── CommandStateError         its status does not allow this; another verb won   CB003
     ├── BatchNotFoundError        no batch has this id in this domain          CB005
     ├── CommandIdConflictError    the id was already sent with other contents
     ├── LeaseLostError            the outcome of a delivery can no longer be recorded
     ├── SendTimeoutError          the command was withdrawn: it was not sent
-    ├── OutcomeUnknownError       it may or may not have been sent; carries the id
+    ├── OutcomeUnknownError       it may or may not have been written; carries the id
     ├── ReplyTimeoutError         a command that was waited for has not ended yet; carries its domain and id
     ├── CommandParkedError        a command that was waited for is parked; carries its domain and id
     ├── PartialSendError          some chunks of a batch are durable; carries the receipts
@@ -51,7 +51,7 @@ class InvalidCommandError(CommandBusError):
 
 
 class CommandNotFoundError(CommandBusError):
-    """No command has this id in this domain. It was never sent, or retention has dropped it."""
+    """No command, or no process, has this id in this domain. It was never sent, or retention has dropped it."""
 
     sqlstate = "CB002"
 
@@ -89,7 +89,7 @@ class _OfCommandError(CommandBusError):
 
 
 class CommandIdConflictError(_OfCommandError):
-    """The id was already sent with another type or other data, or is that of another batch; nothing was written."""
+    """The id was already sent with other contents, or is that of another batch or process; nothing was written."""
 
 
 class LeaseLostError(CommandBusError):
@@ -101,7 +101,10 @@ class SendTimeoutError(_OfCommandError):
 
 
 class OutcomeUnknownError(_OfCommandError):
-    """The command may or may not have been sent. Send it again with the same `command_id`: that is idempotent."""
+    """The command, the batch or the process may or may not have been written. `command_id` is its id.
+
+    Send, create or start it again with that id: that is idempotent.
+    """
 
 
 class _AwaitedError(_OfCommandError):

@@ -21,7 +21,6 @@ from commandbus.model import (
     Json,
     Page,
     TroubleshootingFilter,
-    TroubleshootingGroup,
 )
 
 
@@ -75,27 +74,6 @@ class TroubleshootingQueue:
         """Count the parked commands, of one domain or of all."""
         call = _queries.count(domain, CommandStatus.IN_TROUBLESHOOTING_QUEUE, command_type)
         return await self._bus.database.repeat(call)
-
-    async def groups(
-        self,
-        domain: str,
-        *,
-        command_type: str | None = None,
-        error_code: str | None = None,
-        fingerprint: str | None = None,
-        parked_for: timedelta | None = None,
-        text: str | None = None,
-    ) -> list[TroubleshootingGroup]:
-        """Group parked commands by type, error code and fingerprint, the largest group first."""
-        which = TroubleshootingFilter(
-            domain,
-            command_type=command_type,
-            error_code=error_code,
-            fingerprint=fingerprint,
-            parked_for=parked_for,
-            text=text,
-        )
-        return list((await self.preview(which)).groups)
 
     async def preview(self, which: TroubleshootingFilter) -> BulkPreview:
         """Tell what an action over this filter would act on, and change nothing."""

@@ -10,6 +10,7 @@ import sys
 from uuid import uuid4
 
 import psycopg
+import pytest
 
 from commandbus import Batch, SendRequest
 from commandbus.sync import SyncCommandBus
@@ -60,6 +61,27 @@ def test_retry_cancel_and_watch(cli: CommandLine, dsn: str, db: psycopg.Connecti
     )
     (line,) = cli("batch", "watch", *where, "--json").stdout.splitlines()
     assert json.loads(line)["done"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "function", "said"),
+    [
+        ("retry", "operator_bulk_v1", "retried: 0, 1 no longer parked, or parked anew\n"),
+        ("cancel", "cancel_bulk_v1", "canceled: 0, 1 ended meanwhile\n"),
+    ],
+)
+def test_what_was_quicker_is_told(
+    cli: CommandLine, db: psycopg.Connection, verb: str, function: str, said: str
+) -> None:
+    batch = create(cli.dsn, 1)
+    fail(db, lease(db, "Buy", domain="shop"), "PERMANENT", domain="shop")
+    db.execute(
+        f"DROP FUNCTION commandbus.{function}; CREATE FUNCTION commandbus.{function}(VARIADIC given text[]) "
+        "RETURNS TABLE (command_id uuid, outcome text) LANGUAGE sql AS $$ SELECT (item ->> 'command_id')::uuid, "
+        "'changed' FROM unnest(given) items, json_array_elements(items::json) item WHERE items LIKE '[%' $$".encode()
+    )
+    done = cli("batch", verb, "shop", str(batch.batch_id), "--operator", "ana", "--reason", "why")
+    assert done.stdout == said
 
 
 def test_on_a_terminal_a_bar_is_shown(dsn: str) -> None:

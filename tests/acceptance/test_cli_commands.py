@@ -6,12 +6,14 @@ import functools
 import json
 import re
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 
 from tests.acceptance.cli_support import HOSTILE, CommandLine, Park, at_once
+from tests.support import eventually
 
 
 def test_send_for_people(cli: CommandLine) -> None:
@@ -150,3 +152,20 @@ def test_verify_stops_when_its_time_is_over(cli: CommandLine, db: psycopg.Connec
         refused = cli("verify", "--timeout", "50ms", code=1).stderr
     assert "took longer than 0.05 s" in refused
     assert "Nothing was written" in refused
+
+
+@pytest.mark.corrupts
+def test_verify_counts_in_the_time_that_it_is_given(cli: CommandLine, db: psycopg.Connection) -> None:
+    db.execute(
+        "CREATE OR REPLACE FUNCTION commandbus.verify_v1() RETURNS TABLE (violation text, domain text, "
+        "command_id uuid, detail text) LANGUAGE sql AS "
+        "$$ SELECT 'time_left', 'shop', gen_random_uuid(), current_setting('statement_timeout') $$"
+    )
+    with ThreadPoolExecutor() as thread:
+        with psycopg.connect(cli.dsn) as rival:
+            rival.execute("LOCK TABLE commandbus.command_history")
+            looking = thread.submit(cli.json, "verify", "--timeout", "1h", code=1, quiet=True)
+            waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%count(*)%'"
+            eventually(lambda: db.execute(waiting).fetchall(), timeout=30, what="the count")
+        (left,) = looking.result()["violations"]
+    assert left["detail"].endswith("ms")  # less than an hour

@@ -39,6 +39,9 @@ def test_version() -> None:
         ["troubleshooting", "list"], ["troubleshooting", "retry"], ["troubleshooting", "cancel"],
         ["troubleshooting", "complete"], ["troubleshooting", "groups"], ["troubleshooting", "show"],
         ["troubleshooting", "edit"],
+        ["batch"], ["batch", "list"], ["batch", "show"], ["batch", "watch"], ["batch", "cancel"], ["batch", "retry"],
+        ["process"], ["process", "list"], ["process", "show"], ["process", "timeline"], ["process", "retry"],
+        ["process", "cancel"], ["process", "resume"],
     ],
     ids=" ".join,
 )  # fmt: skip

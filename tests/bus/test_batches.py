@@ -19,6 +19,7 @@ from commandbus import (
     CommandIdConflictError,
     CommandStateError,
     CommandStatus,
+    ConfigurationError,
     HandlerContext,
     InvalidCommandError,
     OutcomeUnknownError,
@@ -328,6 +329,16 @@ async def test_a_batch_is_cancelled(bus: CommandBus, db: Connection) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "who", [{"operator": 5}, {"reason": "NUL\0"}], ids=["an operator that is none", "a reason with a NUL"]
+)
+async def test_who_cannot_be_kept_is_refused_before_the_batch_is_closed(bus: CommandBus, who: dict[str, Any]) -> None:
+    batch = await bus.create_batch(DOMAIN, requests(1), growing=True)
+    with pytest.raises(InvalidCommandError, match=f"batch {batch.batch_id}: {next(iter(who))} "):
+        await bus.cancel_batch(DOMAIN, batch.batch_id, **WHO | who)
+    assert await bus.get_batch(DOMAIN, batch.batch_id) == batch
+
+
 async def test_the_parked_commands_of_a_batch_are_put_back(bus: CommandBus) -> None:
     well = False
 
@@ -357,6 +368,13 @@ async def test_the_end_of_a_batch_is_handled_by_a_worker(bus: CommandBus) -> Non
         await finished(bus, batch)
         assert (await settled(bus, batch.on_complete)).status == CommandStatus.COMPLETED
     assert (await bus.get_batch(DOMAIN, batch.batch_id)).done
+
+
+@pytest.mark.parametrize("interval", [timedelta(0), timedelta(seconds=-1), 1], ids=["none", "below zero", "a number"])
+async def test_watching_without_a_pause_is_refused_before_anything_is_read(bus: CommandBus, interval: Any) -> None:  # noqa: ANN401
+    with pytest.raises(ConfigurationError, match=r"interval is .*: it must be a timedelta above zero"):
+        async for _ in bus.watch_batch(DOMAIN, uuid4(), interval=interval):
+            pass
 
 
 @async_only("cancels a task")

@@ -197,3 +197,24 @@ async def test_a_batch_that_fails_takes_no_send_of_another_task_with_it(
     assert isinstance(refused, InvalidCommandError)
     assert sorted(ids(db)) == sorted(receipt.command_id for receipt in receipts if isinstance(receipt, Receipt))
     assert len(receipts) == 20
+
+
+@every_caller
+async def test_a_connection_that_answers_in_bytes_is_one_like_any(
+    bus: CommandBus, db: Connection, caller: Caller
+) -> None:
+    """As psycopg does for text where the client encoding is SQL_ASCII."""
+    await caller.do("SET client_encoding = 'SQL_ASCII'")
+    receipt = await bus.send(DOMAIN, "Debit", 1, command_id=uuid4(), connection=caller.connection)
+    command = SendRequest(DOMAIN, "Debit", 2)
+    batch = await bus.create_batch(
+        DOMAIN, [command], name="Zoë", on_complete=SendRequest("reports", "Mail", 1), connection=caller.connection
+    )
+    with pytest.raises(CommandIdConflictError, match=str(receipt.command_id)):
+        await bus.create_batch(
+            DOMAIN, [SendRequest(DOMAIN, "Debit", 3, command_id=receipt.command_id)], connection=caller.connection
+        )
+    await caller.do("COMMIT")
+    assert len(ids(db)) == 2
+    assert await bus.get_batch(DOMAIN, batch.batch_id) == batch
+    assert (batch.total, batch.name) == (1, "Zoë")

@@ -25,8 +25,10 @@ from commandbus import (
     Receipt,
     Reply,
     ReplyTimeoutError,
+    SendRequest,
     TroubleshootingQueue,
     Worker,
+    _database,
     _hints,
     _waits,
 )
@@ -240,6 +242,27 @@ async def test_ten_thousand_waits_are_one_statement_at_a_time(
     assert {reply.data for reply in await asyncio.gather(*waits)} == {7}
     assert max(most) == 1
     assert sessions <= before + 2  # the listener, and a connection of the pool
+
+
+@pytest.mark.parametrize("trouble", ["PERFORM pg_sleep(20)", "RAISE SQLSTATE '53200'"], ids=["no time", "no memory"])
+async def test_what_cannot_be_looked_at_together_is_looked_at_in_smaller_parts(
+    bus: CommandBus, db: Connection, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """As large results cannot: those of 1,000 commands may be 1 GiB."""
+    receipts = await bus.send_batch([SendRequest(DOMAIN, "Debit", n) for n in range(8)])
+    for _ in receipts:
+        assert complete(db, lease(db, "Debit"), 7) == "done"
+    db.execute("ALTER FUNCTION commandbus.outcomes_v1 RENAME TO some_outcomes")
+    db.execute(
+        "CREATE FUNCTION commandbus.outcomes_v1(items text) RETURNS TABLE (domain text, command_id uuid, "
+        "command_type text, status text, result text, error text, correlation_id text) LANGUAGE plpgsql AS "
+        f"$$ BEGIN IF json_array_length(items::json) > 2 THEN {trouble}; END IF; "
+        "RETURN QUERY SELECT * FROM commandbus.some_outcomes(items); END $$".encode()
+    )
+    monkeypatch.setattr(_database, "CALL_SECONDS", 0.5)
+    monkeypatch.setattr(_waits, "_TOGETHER", 3600.0)  # all of them, each time
+    waits = [asyncio.create_task(bus.wait(receipt, timeout=LONG)) for receipt in receipts]
+    assert [(await each).data for each in waits] == [7] * 8
 
 
 @async_only("asks the database itself")

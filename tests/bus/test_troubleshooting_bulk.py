@@ -72,7 +72,7 @@ async def test_failures_are_grouped_by_type_and_kind(
     await park(bus, db, 1, code="NO_MONEY", message="command ID has no account")
     await park(bus, db, 2, command_type="Credit", code="NO_MONEY", message="command ID lacks 70 of 'bob'")
 
-    groups = await queue.groups(DOMAIN)
+    groups = (await queue.preview(EVERYTHING)).groups
 
     assert [(g.domain, g.command_type, g.error_code, g.count) for g in groups] == [
         (DOMAIN, "Debit", "NO_MONEY", 3), (DOMAIN, "Credit", "NO_MONEY", 2), (DOMAIN, "Debit", "NO_MONEY", 1),
@@ -82,8 +82,8 @@ async def test_failures_are_grouped_by_type_and_kind(
     assert groups[0].sample_message == f"command {first[0]} lacks 3.50 of 'anna'"
     parked_at = [(await bus.get_command(DOMAIN, command_id)).parked_at for command_id in first]
     assert (groups[0].oldest_parked_at, groups[0].newest_parked_at) == (parked_at[0], parked_at[-1])
-    assert await queue.groups(DOMAIN, command_type="Credit") == groups[1:2]
-    assert await queue.groups("shipping") == []
+    assert (await queue.preview(TroubleshootingFilter(DOMAIN, command_type="Credit"))).groups == groups[1:2]
+    assert (await queue.preview(TroubleshootingFilter("shipping"))).groups == ()
 
 
 @pytest.mark.corrupts
@@ -94,7 +94,7 @@ async def test_what_a_filter_finds_is_the_same_everywhere(
     db.execute("UPDATE commandbus.command SET parked_at = parked_at - interval '2 hours'")
     credit = await park(bus, db, 2, command_type="Credit", message="Hundred% of_it")
     debit = await park(bus, db, 1, data={"to": "Änne", "path": r"C:\temp"})
-    (group,) = await queue.groups(DOMAIN, error_code="OLD")
+    (group,) = (await queue.preview(TroubleshootingFilter(DOMAIN, error_code="OLD"))).groups
 
     async def finds(*expected: UUID, **fields: Any) -> None:
         page = await queue.list_troubleshooting(DOMAIN, **fields)

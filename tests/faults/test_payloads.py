@@ -185,7 +185,9 @@ ASKING: dict[str, Callable[[Any, str], Awaitable[object]]] = {
     "cursor with": lambda bus, text: bus.query_commands(cursor=cursor_with(text)),
     "since": lambda bus, text: bus.query_commands(since=timedelta.max),
     "parked": lambda bus, text: TroubleshootingQueue(bus).list_troubleshooting(text, text=text),
-    "groups": lambda bus, text: TroubleshootingQueue(bus).groups(DOMAIN, error_code=text, fingerprint=text),
+    "preview": lambda bus, text: TroubleshootingQueue(bus).preview(
+        TroubleshootingFilter(DOMAIN, error_code=text, fingerprint=text)
+    ),
 }
 
 

@@ -122,6 +122,16 @@ def test_the_commit_completes_it_once_with_that_result(bus: SyncCommandBus, db: 
     assert ledger(db) == 1
 
 
+def test_a_connection_that_answers_in_bytes_is_one_like_any(bus: SyncCommandBus, own: Transaction) -> None:
+    def debit(command: Command, context: SyncHandlerContext) -> None:
+        with own() as (connection, execute):
+            execute("SET client_encoding = 'SQL_ASCII'")
+            context.complete_on(connection, "kept")
+
+    with working(bus, registry_of(Debit=debit)):
+        assert settled(bus, bus.send(DOMAIN, "Debit", {}, max_attempts=1)).result == "kept"
+
+
 def test_a_rollback_is_a_failed_attempt(bus: SyncCommandBus, db: Connection, own: Transaction) -> None:
     def debit(command: Command, context: SyncHandlerContext) -> str:
         with contextlib.suppress(RolledBackError), own() as (connection, execute):

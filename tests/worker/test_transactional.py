@@ -112,6 +112,19 @@ async def test_a_result_that_cannot_be_kept_leaves_the_effects(bus: CommandBus, 
     assert ledger(db) == 1
 
 
+async def test_a_session_whose_encoding_the_handler_changes_completes(bus: CommandBus, db: Connection) -> None:
+    """From then on psycopg answers in bytes."""
+
+    async def debit(command: Command, context: HandlerContext) -> None:
+        connection = await write(context)
+        await connection.execute("SET LOCAL client_encoding = 'SQL_ASCII'")
+
+    async with running(Worker(bus, DOMAIN, registry_of(Debit=debit))):
+        command = await settled(bus, await bus.send(DOMAIN, "Debit", {}, max_attempts=1))
+    assert command.status == CommandStatus.COMPLETED
+    assert ledger(db) == 1
+
+
 async def test_a_result_that_the_database_refuses_rolls_the_effects_back(bus: CommandBus, db: Connection) -> None:
     async def debit(command: Command, context: HandlerContext) -> str:
         await write(context)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated, TypeAlias
 from uuid import UUID
@@ -18,7 +17,7 @@ from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.database import ask, on_bus, until_stopped
 from commandbus.cli.desk import OfDomain
-from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, Reason
+from commandbus.cli.options import Acting, AsJson, Cursor, Domain, Dsn, Limit, OptionalReason, Reason, spread
 from commandbus.model import Batch, BulkResult
 
 BatchId: TypeAlias = Annotated[UUID, typer.Argument(metavar="BATCH")]
@@ -33,22 +32,18 @@ def list_batches(
     finished: Annotated[
         bool | None, typer.Option("--finished/--unfinished", help="Only those that have ended, or have not.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
-    cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
     """List batches with their counts, the newest first."""
     page = ask(dsn, lambda bus: bus.list_batches(domain=domain, finished=finished, limit=limit, cursor=cursor))
-    if as_json:
-        terminal.print_json(page)
-        return
-    if not page.items:
-        terminal.say("no such batches")
-    for batch in page:
-        terminal.print_entry([batch.created_at, batch.domain, batch.batch_id, batch.name, _state(batch)], _told(batch))
-    if page.next_cursor:
-        terminal.say(f"there are more: --cursor {page.next_cursor}")
+    terminal.print_page(page, _lines, "no such batches", as_json=as_json)
+
+
+def _lines(batch: Batch) -> tuple[list[object], list[object]]:
+    return [batch.created_at, batch.domain, batch.batch_id, batch.name, _state(batch)], [_told(batch)]
 
 
 def show(domain: Domain, batch_id: BatchId, *, dsn: Dsn = None, as_json: AsJson = False) -> None:
@@ -87,37 +82,23 @@ def _watch_as_bar(dsn: str | None, domain: str, batch_id: UUID) -> None:
         asyncio.run(on_bus(dsn, lambda bus: _watch(bus, domain, batch_id, tell), "commandbus cli"))
 
 
-def cancel(
-    domain: Domain, batch_id: BatchId, *, reason: Reason, operator: Operator, dsn: Dsn = None, as_json: AsJson = False
-) -> int:
+@spread
+def cancel(domain: Domain, batch_id: BatchId, *, reason: Reason, how: Acting) -> int:
     """End all commands of a batch that have not ended, and the batch with them."""
-    return _act(
-        "canceled", dsn, lambda bus: bus.cancel_batch(domain, batch_id, operator=operator, reason=reason), as_json
-    )
+    result = ask(how.dsn, lambda bus: bus.cancel_batch(domain, batch_id, operator=how.operator, reason=reason))
+    return _tell(how, result, "canceled", "ended meanwhile")
 
 
-def retry(
-    domain: Domain,
-    batch_id: BatchId,
-    *,
-    reason: OptionalReason = None,
-    operator: Operator,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> int:
+@spread
+def retry(domain: Domain, batch_id: BatchId, *, reason: OptionalReason = None, how: Acting) -> int:
     """Put the parked commands of a batch back in line, with a full budget of attempts."""
-    return _act(
-        "retried", dsn, lambda bus: bus.retry_batch(domain, batch_id, operator=operator, reason=reason), as_json
-    )
+    result = ask(how.dsn, lambda bus: bus.retry_batch(domain, batch_id, operator=how.operator, reason=reason))
+    return _tell(how, result, "retried", "no longer parked, or parked anew")
 
 
-def _act(verb: str, dsn: str | None, work: Callable[[CommandBus], Awaitable[BulkResult]], as_json: bool) -> int:  # noqa: FBT001
-    result = ask(dsn, work)
-    if as_json:
-        terminal.print_json(asdict(result))
-    else:
-        left = {"ended meanwhile": result.changed, "locked by somebody": result.busy}
-        terminal.say(", ".join([f"{verb}: {result.done:,}", *(f"{n:,} {why}" for why, n in left.items() if n)]))
+def _tell(how: Acting, result: BulkResult, verb: str, changed: str) -> int:
+    left = {changed: result.changed, "locked by somebody": result.busy}
+    how.tell(result, ", ".join([f"{verb}: {result.done:,}", *(f"{n:,} {why}" for why, n in left.items() if n)]))
     return 1 if result.busy else 0
 
 
@@ -125,8 +106,8 @@ def _state(batch: Batch) -> str:
     return "finished" if batch.done else "growing" if batch.growing else f"{batch.progress:.0%}"
 
 
-def _told(batch: Batch) -> list[object]:
-    return [", ".join(f"{getattr(batch, name):,} {name.replace('_', ' ')}" for name in _COUNTS)]
+def _told(batch: Batch) -> str:
+    return ", ".join(f"{getattr(batch, name):,} {name.replace('_', ' ')}" for name in _COUNTS)
 
 
 def _fields(batch: Batch) -> dict[str, object]:
@@ -134,4 +115,4 @@ def _fields(batch: Batch) -> dict[str, object]:
 
 
 def _print_line(batch: Batch) -> None:
-    terminal.say(f"{_state(batch)}: {_told(batch)[0]}")
+    terminal.say(f"{_state(batch)}: {_told(batch)}")

@@ -15,7 +15,7 @@ from commandbus import _queries
 from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.database import ask, on_bus, until_stopped
-from commandbus.cli.options import AsJson, Dsn, duration
+from commandbus.cli.options import AsJson, Cursor, Dsn, Limit, duration
 from commandbus.model import Command, CommandStatus, Json, Page, Stat
 
 OfDomain: TypeAlias = Annotated[str | None, typer.Option("--domain", help="Only this domain.")]
@@ -33,8 +33,8 @@ def list_commands(
     since: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Only those sent at most so long ago: 90s, 5m, 1h, 2d.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
-    cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
     follow: Annotated[
         bool,
         typer.Option(
@@ -60,16 +60,7 @@ def list_commands(
         _until_stopped(dsn, _follow(page, domain, as_json=as_json), _FOLLOW_SECONDS)
     else:
         found = ask(dsn, lambda bus: page(bus, domain))
-        terminal.print_json(found) if as_json else _print_page(found)
-
-
-def _print_page(page: Page[Command]) -> None:
-    if not page.items:
-        terminal.say("no such commands")
-    for command in page:
-        _print_command(command)
-    if page.next_cursor:
-        terminal.say(f"there are more: --cursor {page.next_cursor}")
+        terminal.print_page(found, _lines, "no such commands", as_json=as_json)
 
 
 def _follow(
@@ -86,17 +77,22 @@ def _follow(
             key = command.domain, command.command_id
             shown[key] = command.status, command.delivery, command.attempts, command.crashes
             if shown[key] != before.get(key):
-                terminal.print_json(command) if as_json else _print_command(command)
+                terminal.print_json(command) if as_json else terminal.print_entry(*_lines(command))
 
     return look
 
 
-def _print_command(command: Command) -> None:
+def _lines(command: Command) -> tuple[list[object], list[object]]:
     numbers = (terminal.named("attempts", command.attempts or None), terminal.named("due", command.due_at))
-    terminal.print_entry(
-        [command.sent_at, command.domain, command.command_id, command.command_type, command.status, *numbers],
-        [command.error],
-    )
+    head: list[object] = [
+        command.sent_at,
+        command.domain,
+        command.command_id,
+        command.command_type,
+        command.status,
+        *numbers,
+    ]
+    return head, [command.error]
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------

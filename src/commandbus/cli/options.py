@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 import typer
 
 from commandbus._calls import _NAME as NAME
+from commandbus.cli import terminal
 from commandbus.errors import ConfigurationError
 from commandbus.model import Json
 
@@ -64,7 +65,23 @@ Operator: TypeAlias = Annotated[
 Reason: TypeAlias = Annotated[str, typer.Option(help="Why; the audit trail keeps it.")]
 OptionalReason: TypeAlias = Annotated[str | None, typer.Option(help="Why; the audit trail keeps it.")]
 
+Limit: TypeAlias = Annotated[int, typer.Option(min=1, max=1000)]
+Cursor: TypeAlias = Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")]
+
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Acting:
+    """The options of an operator's verb on one thing."""
+
+    operator: Operator
+    dsn: Dsn = None
+    as_json: AsJson = False
+
+    def tell(self, done: object, line: str) -> None:
+        """Print what was done, as JSON or as this line."""
+        terminal.print_json(done) if self.as_json else terminal.say(line)
 
 
 def spread(subcommand: Callable[..., T]) -> Callable[..., T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 from uuid import UUID
@@ -13,7 +14,7 @@ from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.commands import Story, print_story, read_story
 from commandbus.cli.database import ask
-from commandbus.cli.options import AsJson, Domain, Dsn, duration, spread
+from commandbus.cli.options import AsJson, Cursor, Domain, Dsn, Limit, duration, spread
 from commandbus.errors import CommandStateError
 from commandbus.model import Command, TroubleshootingFilter, TroubleshootingGroup
 from commandbus.troubleshooting import TroubleshootingQueue
@@ -45,8 +46,8 @@ def list_parked(
     domain: Domain,
     *,
     choice: Choice,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
-    cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,14 +55,7 @@ def list_parked(
     which = choice.of(domain)
     call = _desk_calls.list_troubleshooting(which, limit=limit, cursor=cursor)
     page = ask(dsn, lambda bus: bus.database.repeat(call))
-    if as_json:
-        terminal.print_json(page)
-    elif not page.items:
-        say_nothing(which)
-    else:
-        terminal.print_entries(f'parked in "{domain}"', map(_command_lines, page))
-        if page.next_cursor:
-            terminal.say(f"there are more: --cursor {page.next_cursor}")
+    terminal.print_page(page, _command_lines, nothing(which), title=f'parked in "{domain}"', as_json=as_json)
 
 
 def _command_lines(command: Command) -> tuple[list[object], list[object]]:
@@ -83,7 +77,7 @@ def groups(
     if as_json:
         terminal.print_json(preview.groups)
     elif not preview.groups:
-        say_nothing(which)
+        terminal.say(nothing(which))
     else:
         terminal.print_entries(f'parked in "{domain}": {preview.count:,}', map(group_lines, preview.groups))
 
@@ -97,11 +91,11 @@ def group_lines(group: TroubleshootingGroup) -> tuple[list[object], list[object]
     )
 
 
-def say_nothing(which: TroubleshootingFilter) -> None:
-    """Say that the filter finds nothing."""
+def nothing(which: TroubleshootingFilter) -> str:
+    """Return the words for a filter that finds nothing."""
     of_type = f' of type "{which.command_type}"' if which.command_type else ""
     such = " that is chosen" if any((which.error_code, which.fingerprint, which.parked_for, which.text)) else ""
-    terminal.say(f'nothing{of_type}{such} is parked in "{which.domain}"')
+    return f'nothing{of_type}{such} is parked in "{which.domain}"'
 
 
 def show_parked(
@@ -113,7 +107,7 @@ def show_parked(
 ) -> None:
     """Show a parked command, everything that happened to it, and the group that it belongs to."""
 
-    async def read(bus: CommandBus) -> tuple[Story, list[TroubleshootingGroup]]:
+    async def read(bus: CommandBus) -> tuple[Story, Sequence[TroubleshootingGroup]]:
         story = await read_story(bus, command_id, domain)
         command = story.command
         fingerprint = await bus.database.repeat(_desk_calls.fingerprint(command.domain, command_id))
@@ -121,8 +115,8 @@ def show_parked(
             raise CommandStateError(
                 f"command {command_id} is {command.status}, not parked: `commandbus show` tells its story"
             )
-        queue = TroubleshootingQueue(bus)
-        return story, await queue.groups(command.domain, command_type=command.command_type, fingerprint=fingerprint)
+        which = TroubleshootingFilter(command.domain, command_type=command.command_type, fingerprint=fingerprint)
+        return story, (await TroubleshootingQueue(bus).preview(which)).groups
 
     story, found = ask(dsn, read)
     if as_json:

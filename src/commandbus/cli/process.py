@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated, TypeAlias
 from uuid import UUID
 
@@ -11,7 +10,7 @@ import typer
 from commandbus.cli import terminal
 from commandbus.cli.database import ask
 from commandbus.cli.desk import OfDomain
-from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, Reason
+from commandbus.cli.options import Acting, AsJson, Cursor, Domain, Dsn, Limit, OptionalReason, Reason, spread
 from commandbus.process_model import ProcessRecord, ProcessStatus, ProcessStep
 from commandbus.processes import Processes
 
@@ -23,8 +22,8 @@ def list_processes(
     domain: OfDomain = None,
     status: Annotated[ProcessStatus | None, typer.Option(case_sensitive=False, help="Only this status.")] = None,
     process_type: Annotated[str | None, typer.Option("--type", help="Only this type.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=1000)] = 100,
-    cursor: Annotated[str | None, typer.Option(help="The `next_cursor` of the page before.")] = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
     dsn: Dsn = None,
     as_json: AsJson = False,
 ) -> None:
@@ -35,15 +34,7 @@ def list_processes(
             domain=domain, status=status, process_type=process_type, limit=limit, cursor=cursor
         ),
     )
-    if as_json:
-        terminal.print_json(page)
-        return
-    for process in page:
-        terminal.print_entry(*_process_lines(process))
-    if page.next_cursor:
-        terminal.say(f"there are more: --cursor {page.next_cursor}")
-    elif not page.items:
-        terminal.say("no such processes")
+    terminal.print_page(page, _process_lines, "no such processes", as_json=as_json)
 
 
 def _process_lines(process: ProcessRecord) -> tuple[list[object], list[object]]:
@@ -85,62 +76,26 @@ def _step_lines(step: ProcessStep) -> tuple[list[object], list[object]]:
     return head, [step.error, terminal.json_cell(step.result)]
 
 
-def retry(
-    domain: Domain,
-    process_id: Id,
-    *,
-    operator: Operator,
-    reason: OptionalReason = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> None:
+@spread
+def retry(domain: Domain, process_id: Id, *, reason: OptionalReason = None, how: Acting) -> None:
     """Put the parked steps and replies of a process back in line."""
-    _act(
-        lambda processes: processes.retry_process(domain, process_id, operator=operator, reason=reason),
-        lambda count: f"retried {count:,} of {process_id}",
-        dsn,
-        as_json=as_json,
+    count = ask(
+        how.dsn, lambda bus: Processes(bus).retry_process(domain, process_id, operator=how.operator, reason=reason)
     )
+    how.tell({"done": count}, f"retried {count:,} of {process_id}")
 
 
-def cancel(
-    domain: Domain,
-    process_id: Id,
-    *,
-    operator: Operator,
-    reason: Reason,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> None:
+@spread
+def cancel(domain: Domain, process_id: Id, *, reason: Reason, how: Acting) -> None:
     """Undo what a process has done, and end it."""
-    _act(
-        lambda processes: processes.cancel_process(domain, process_id, operator=operator, reason=reason),
-        lambda _: f"canceled {process_id}: what it has done is being undone",
-        dsn,
-        as_json=as_json,
-    )
+    ask(how.dsn, lambda bus: Processes(bus).cancel_process(domain, process_id, operator=how.operator, reason=reason))
+    how.tell({"done": None}, f"canceled {process_id}: what it has done is being undone")
 
 
-def resume(
-    domain: Domain,
-    process_id: Id,
-    *,
-    operator: Operator,
-    reason: OptionalReason = None,
-    dsn: Dsn = None,
-    as_json: AsJson = False,
-) -> None:
+@spread
+def resume(domain: Domain, process_id: Id, *, reason: OptionalReason = None, how: Acting) -> None:
     """End the waits of a process now."""
-    _act(
-        lambda processes: processes.resume_process(domain, process_id, operator=operator, reason=reason),
-        lambda names: f"resumed {process_id}: {', '.join(names)}",
-        dsn,
-        as_json=as_json,
+    names = ask(
+        how.dsn, lambda bus: Processes(bus).resume_process(domain, process_id, operator=how.operator, reason=reason)
     )
-
-
-def _act(
-    verb: Callable[[Processes], Awaitable[object]], told: Callable[..., str], dsn: str | None, *, as_json: bool
-) -> None:
-    answer = ask(dsn, lambda bus: verb(Processes(bus)))
-    terminal.print_json({"done": answer}) if as_json else terminal.say(told(answer))
+    how.tell({"done": names}, f"resumed {process_id}: {', '.join(names)}")

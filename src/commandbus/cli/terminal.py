@@ -13,15 +13,18 @@ import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
+from typing import TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from commandbus._failures import printable
-from commandbus.model import Error, Json
+from commandbus.model import Error, Json, Page
+
+T = TypeVar("T")
 
 _NARROWEST = 20  # what is narrower is left to the terminal to fold
 _LOG_KEYS = ("domain", "command_type", "command_id", "delivery", "attempt", "worker")
@@ -104,6 +107,28 @@ def print_entry(head: Sequence[object], below: Sequence[object] = ()) -> None:
     for value in below:
         if value is not None:
             _print_folded("    ", _cell(value), "    ")
+
+
+def print_page(
+    page: Page[T],
+    entry: Callable[[T], tuple[Sequence[object], Sequence[object]]],
+    nothing: str,
+    *,
+    title: str | None = None,
+    as_json: bool,
+) -> None:
+    """Print a page of entries, and the way to the next; of an empty one, these words."""
+    if as_json:
+        print_json(page)
+        return
+    if not page.items:
+        say(nothing)
+    elif title is not None:
+        say(title)
+    for item in page:
+        print_entry(*entry(item))
+    if page.next_cursor:
+        say(f"there are more: --cursor {page.next_cursor}")
 
 
 def start_screen() -> None:

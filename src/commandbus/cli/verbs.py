@@ -15,7 +15,7 @@ from commandbus.bus import CommandBus
 from commandbus.cli import terminal
 from commandbus.cli.database import ask
 from commandbus.cli.options import AsJson, Domain, Dsn, Operator, OptionalReason, Reason, read_json, spread
-from commandbus.cli.parked import Choice, group_lines, say_nothing
+from commandbus.cli.parked import Choice, group_lines, nothing
 from commandbus.errors import CommandNotFoundError, CommandStateError
 from commandbus.model import BulkResult, TroubleshootingFilter
 from commandbus.troubleshooting import TroubleshootingQueue
@@ -160,7 +160,7 @@ def _preview(verb: _Verb, which: TroubleshootingFilter, how: How) -> int:
     if how.as_json:
         terminal.print_json(preview)
     elif not preview.count:
-        say_nothing(which)
+        terminal.say(nothing(which))
     else:
         terminal.print_entries(f"{preview.count:,} would be {verb.done}", map(group_lines, preview.groups))
         terminal.say(f"to do it: --count {preview.count} instead of --dry-run")

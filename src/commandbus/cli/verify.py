@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Annotated
 
 import typer
@@ -25,7 +27,10 @@ def verify(
     count = _queries.count(None, None, None)
 
     async def look(bus: CommandBus) -> tuple[int, list[Violation]]:
-        return await bus.database.run(count, limit.total_seconds(), long=True), await bus.verify(timeout=limit)
+        began = time.monotonic()
+        commands = await bus.database.run(count, limit.total_seconds(), long=True)
+        left = limit - timedelta(seconds=time.monotonic() - began)
+        return commands, await bus.verify(timeout=max(left, timedelta(0)))
 
     commands, violations = ask(dsn, look)
     if as_json:

@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from uuid import UUID
 
 from commandbus._connections import run_on
+from commandbus.batches import pause_of
 from commandbus.bus import CommandBus
 from commandbus.model import Batch, BulkResult, Command, CommandStatus, Page, SendRequest
 from commandbus.sync.runtime import SyncRuntime
@@ -104,6 +105,7 @@ class SyncBatches:
         self: _Bus, domain: str, batch_id: UUID, *, interval: timedelta = timedelta(seconds=1)
     ) -> Iterator[Batch]:
         """Iterate over a batch as it is now and whenever it has changed; see `CommandBus.watch_batch`."""
+        pause = pause_of(interval)
         seen = None
         while True:
             batch = self.get_batch(domain, batch_id)
@@ -112,7 +114,7 @@ class SyncBatches:
                 yield batch
             if batch.done:
                 return
-            time.sleep(interval.total_seconds())  # also after a change: a batch that drains changes all the time
+            time.sleep(pause)  # also after a change: a batch that drains changes all the time
 
     def cancel_batch(
         self: _Bus, domain: str, batch_id: UUID, *, operator: str | None = None, reason: str | None = None

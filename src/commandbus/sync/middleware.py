@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from commandbus.handlers import Middleware
@@ -54,7 +53,4 @@ def scoped_session(session: _ScopedSession) -> Middleware:
         finally:
             session.remove()
 
-    def enter(command: Command, context: object) -> AbstractContextManager[None]:
-        return around(command, context)
-
-    return enter
+    return around

@@ -18,7 +18,6 @@ from commandbus.model import (
     Json,
     Page,
     TroubleshootingFilter,
-    TroubleshootingGroup,
 )
 from commandbus.sync.bus import SyncCommandBus
 from commandbus.sync.call import Call
@@ -92,27 +91,6 @@ class SyncTroubleshootingQueue:
     def count_troubleshooting(self, domain: str | None = None, *, command_type: str | None = None) -> int:
         """Count the parked commands, of one domain or of all."""
         return self._call(TroubleshootingQueue.count_troubleshooting, domain, command_type=command_type)
-
-    def groups(
-        self,
-        domain: str,
-        *,
-        command_type: str | None = None,
-        error_code: str | None = None,
-        fingerprint: str | None = None,
-        parked_for: timedelta | None = None,
-        text: str | None = None,
-    ) -> list[TroubleshootingGroup]:
-        """Group parked commands by type, error code and fingerprint, the largest group first."""
-        return self._call(
-            TroubleshootingQueue.groups,
-            domain,
-            command_type=command_type,
-            error_code=error_code,
-            fingerprint=fingerprint,
-            parked_for=parked_for,
-            text=text,
-        )
 
     def preview(self, which: TroubleshootingFilter) -> BulkPreview:
         """Tell what an action over this filter would act on, and change nothing."""

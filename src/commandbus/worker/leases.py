@@ -108,10 +108,6 @@ class Leases:
                     del self._held[lease.claimed.domain, lease.claimed.command_id]
                     lease.held = False
 
-    def renewed(self, lease: Lease, asked_at: float) -> None:
-        """Trust a lease again for its duration."""
-        lease.deadline = self.deadline(asked_at)
-
     def overdue(self) -> list[Lease]:
         """Return the leases whose deadline has passed and that nobody has ended yet."""
         now = time.monotonic()

@@ -155,7 +155,7 @@ class Renewer:
         for lease in leases:
             match answers.get(lease.claimed.command_id):
                 case "done":
-                    self._leases.renewed(lease, asked_at)
+                    lease.deadline = self._leases.deadline(asked_at)
                 case "busy":
                     busy.append(lease)
                 case _:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -27,8 +26,6 @@ from commandbus.worker.leases import Lease
 from commandbus.worker.threads import HandlerThreads
 from commandbus.worker.transactions import RUN, complete_on, handle, rolled_back
 from commandbus.worker.verdicts import TimedOutCommandError, Verdicts
-
-logger = logging.getLogger("commandbus.worker")
 
 T = TypeVar("T")
 
@@ -125,10 +122,6 @@ class Runner:
         for task in list(self._tasks):
             task.cancel()
         await self.wait(_database.CALL_SECONDS)
-
-    def close(self) -> None:
-        """Close the connections of transactional `def` handlers."""
-        self.blocking.close()
 
     def _end(self, lease: Lease, ending: Ending) -> None:
         lease.cancelled = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -95,11 +95,7 @@ def rolled_back(lease: Lease) -> Failed:
 
 
 def _completing(lease: Lease, result: Json) -> Work[None]:
-    return Work(complete(lease, completed(result)), _wake_nobody, frozenset())
-
-
-def _wake_nobody(domains: Collection[str]) -> None:
-    del domains
+    return Work(complete(lease, completed(result)))
 
 
 def _sever_unless(over: threading.Event, connection: psycopg.Connection[Any]) -> None:

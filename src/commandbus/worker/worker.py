@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -132,8 +132,7 @@ class Worker:
             return
         if self._ended_before is None:  # not on the loop, where the handler that asks may have ended by then
             self._ended_before = self._runner.ended.copy()
-        with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
-            self._loop.call_soon_threadsafe(self._stop)
+        self._on_loop(self._stop)
 
     def _stop(self) -> None:
         self._stops += 1
@@ -167,7 +166,8 @@ class Worker:
             start=self._start,
             idle=lambda: not len(self._leases),
         )
-        self._renewer = Renewer(database, self._leases, self._lose, self._freed_from_thread, self._fail_from_thread)
+        freed, failed = partial(self._on_loop, self._freed), partial(self._on_loop, self._fail)
+        self._renewer = Renewer(database, self._leases, self._lose, freed, failed)
 
     def _blocking_context(
         self, command: Command, lease: Lease, connection: psycopg.Connection[Any] | None
@@ -180,14 +180,13 @@ class Worker:
         lanes: dict[tuple[str, str], list[str]] = {}
         for handler in self._handlers:
             lanes.setdefault((handler.domain, _kind(handler)), []).append(handler.command_type)
-        free = {
-            "loop": self._free,
-            "thread": self._free_threads,
-            "transaction": self._free_transactions,
-            "thread with a transaction": lambda: min(self._free_threads(), self._free_transactions()),
+        free: dict[str, tuple[Callable[[], int], ...]] = {
+            "loop": (self._free,),
+            "thread": (self._free_threads, self._free_ahead),
+            "transaction": (self._free_transactions,),
+            "thread with a transaction": (lambda: min(self._free_threads(), self._free_transactions()),),
         }
-        ahead = {"thread": self._free_ahead}
-        return [Lane(domain, types, free[kind], ahead.get(kind, lambda: 0)) for (domain, kind), types in lanes.items()]
+        return [Lane(domain, types, *free[kind]) for (domain, kind), types in lanes.items()]
 
     def _heartbeat(self, database: Database) -> Heartbeat:
         types: dict[str, list[str]] = {}
@@ -291,7 +290,7 @@ class Worker:
             finishing.cancel()
         await _ended({finishing, *helpers})
         self._threads.close()
-        self._runner.close()
+        self._runner.blocking.close()
         await self._renewer.stop(_RENEWER_SECONDS)
 
     def _report(self) -> StopReport:
@@ -312,15 +311,11 @@ class Worker:
         if not hint or hint in self.domains:
             self._claimer.wake()
 
-    def _freed_from_thread(self) -> None:
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
+        """Call it on the worker's loop, from any thread; not at all before the worker runs, or after."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._freed)
-
-    def _fail_from_thread(self, error: BaseException) -> None:
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._fail, error)
+                self._loop.call_soon_threadsafe(function, *args)
 
     def _start(self, commands: list[Claimed], asked_at: float) -> None:
         deadline = self._leases.deadline(asked_at)
@@ -349,9 +344,7 @@ class Worker:
             return  # the handler has ended: its outcome may be recorded, and the finisher is about to learn it
         lease.cancelled = True
         logger.warning("the lease is lost", extra=lease.log_extra(self.name))
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._runner.lose, lease)
+        self._on_loop(self._runner.lose, lease)
 
 
 async def _ended(tasks: set[asyncio.Task[None]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
-from commandbus._calls import Call, Row
+from commandbus._calls import Call, Row, as_text
 from commandbus._desk_calls import check_words
 from commandbus._queries import Source, conditions, json_of, page
 from commandbus.model import CommandStatus, Error, Page, Reply
@@ -31,7 +31,7 @@ class Taken(NamedTuple):
 
 def start(process: str, then: str) -> Call[str]:
     """Start a process, and send its first steps: accepted, duplicate or conflict. See `start_process_v1`."""
-    return Call("SELECT commandbus.start_process_v1(%s, %s)", (process, then), lambda rows: _text(rows[0][0]))
+    return Call("SELECT commandbus.start_process_v1(%s, %s)", (process, then), lambda rows: as_text(rows[0][0]))
 
 
 def take(domain: str, reply: Reply) -> Call[Taken | None]:
@@ -136,8 +136,3 @@ def timeline(domain: str, process_id: UUID) -> Call[list[ProcessStep]]:
         (domain, process_id),
         lambda rows: [read(row) for row in rows],
     )
-
-
-def _text(value: object) -> str:
-    """Return text; a caller's connection to a database without an encoding answers in bytes."""
-    return value.decode() if isinstance(value, bytes) else str(value)

@@ -34,7 +34,8 @@ BEGIN
         SELECT b.domain, b.batch_id, b.growing, b.finished_at, b.on_complete, w.domain IS NULL AS settled,
                b.total + coalesce(w.total, 0) AS total, b.completed + coalesce(w.completed, 0) AS completed,
                b.failed + coalesce(w.failed, 0) AS failed, b.canceled + coalesce(w.canceled, 0) AS canceled,
-               b.parked + coalesce(w.parked, 0) AS parked, k.oldest > b.created_at AS maybe_dropped, k.retained > b.finished_at AS expired
+               b.parked + coalesce(w.parked, 0) AS parked, k.oldest > b.created_at AS maybe_dropped,
+               k.retained > b.finished_at AS expired
         FROM commandbus.batch b
         LEFT JOIN late w ON w.domain = b.domain AND w.batch_id = b.batch_id
         CROSS JOIN week k

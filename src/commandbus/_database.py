@@ -284,7 +284,7 @@ async def execute(connection: psycopg.AsyncConnection[Any], call: Call[T], timeo
 
     Raises the library's errors for its SQLSTATEs, else what psycopg raises.
     """
-    with _severed_after(_seconds(timeout), connection):
+    with severed_after(_seconds(timeout), connection):
         return await execute_async(connection, call)
 
 
@@ -294,7 +294,7 @@ async def execute_long(connection: psycopg.AsyncConnection[Any], call: Call[T], 
     Raises `CommandBusError` then, and nothing was written.
     """
     try:
-        with _severed_after(timeout + CALL_SECONDS, connection):
+        with severed_after(timeout + CALL_SECONDS, connection):
             async with connection.transaction():
                 await execute_async(connection, _calls.stop_after(timeout))
                 return await execute_async(connection, call)
@@ -309,21 +309,22 @@ async def execute_long(connection: psycopg.AsyncConnection[Any], call: Call[T], 
 async def transaction(connection: psycopg.AsyncConnection[Any]) -> AsyncIterator[None]:
     """A transaction around the block. Its beginning and its end have a deadline; the block has not."""
     block = connection.transaction()
-    with _severed_after(CALL_SECONDS, connection):
+    with severed_after(CALL_SECONDS, connection):
         await block.__aenter__()
     try:
         yield
     except BaseException as error:
-        with _severed_after(CALL_SECONDS, connection):
+        with severed_after(CALL_SECONDS, connection):
             if not await block.__aexit__(type(error), error, error.__traceback__):
                 raise
     else:
-        with _severed_after(CALL_SECONDS, connection):
+        with severed_after(CALL_SECONDS, connection):
             await block.__aexit__(None, None, None)
 
 
 @contextlib.contextmanager
-def _severed_after(timeout: float, connection: psycopg.AsyncConnection[Any]) -> Iterator[None]:
+def severed_after(timeout: float, connection: psycopg.AsyncConnection[Any]) -> Iterator[None]:
+    """Give what is done on the connection in the block so many seconds. Raises `DeadlineError`."""
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
     timer = loop.call_at(end, sever, connection)
@@ -341,7 +342,7 @@ _RESET = "RESET SESSION AUTHORIZATION; RESET ALL; SELECT pg_advisory_unlock_all(
 
 
 async def _reset(connection: psycopg.AsyncConnection[Any]) -> None:
-    with _severed_after(CALL_SECONDS, connection):
+    with severed_after(CALL_SECONDS, connection):
         await connection.execute(_RESET, prepare=False)
 
 

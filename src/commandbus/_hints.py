@@ -24,7 +24,9 @@ from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.hints")
 
-_LIGHT, _LOADED = 0.01, 0.1  # seconds between two hints for a domain
+LIGHT = 0.01
+"""Seconds between two hints for a domain."""
+_LOADED = 0.1  # the same under load
 _MANY = 100.0  # flushes a second for a domain are load: its workers are busy anyway
 _COMMITTING = 0.05
 _DEADLINE = 5.0
@@ -77,12 +79,12 @@ class Hints:
             self._given.clear()
         due, later = [], []
         for domain, times in self._owed.items():
-            given_at, interval = self._given.get(domain, (-inf, _LIGHT))
+            given_at, interval = self._given.get(domain, (-inf, LIGHT))
             if now - given_at < interval:
                 later.append(given_at + interval - now)
                 continue
             due.append(domain)
-            self._given[domain] = now, _LOADED if times > _MANY * (now - given_at) else _LIGHT
+            self._given[domain] = now, _LOADED if times > _MANY * (now - given_at) else LIGHT
         for domain in due:
             del self._owed[domain]
         if later:

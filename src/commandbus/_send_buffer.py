@@ -12,9 +12,9 @@ import contextvars
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 from uuid import UUID
 
 import psycopg
@@ -130,16 +130,39 @@ class Parcel:
         return f"{self.name} {'may have been sent' if doubt else 'was withdrawn: it was not sent'}"
 
 
-_More: TypeAlias = Callable[[], Awaitable[list[Parcel]]]
+_More: TypeAlias = Callable[[psycopg.AsyncConnection[Row]], Awaitable[list[Parcel]]]
 
 
-async def _nothing() -> list[Parcel]:
+async def _nothing(_: psycopg.AsyncConnection[Row]) -> list[Parcel]:
     return []
 
 
 def _wake(idle: asyncio.Future[None]) -> None:
     if not idle.done():
         idle.set_result(None)
+
+
+def take(waiting: deque[Parcel]) -> list[Parcel]:
+    """Take out as many of those that wait, in order, as one statement carries."""
+    batch: list[Parcel] = []
+    rows = size = 0
+    while waiting and rows < MAX_ROWS and size < MAX_BYTES:
+        parcel = waiting.popleft()
+        if parcel.waits:
+            batch.append(parcel)
+            rows += len(parcel.outgoings)
+            size += parcel.size
+    return batch
+
+
+class Borrower(Protocol):
+    """Who sends on a connection of the buffer's, in other threads."""
+
+    async def borrow(self, connection: psycopg.AsyncConnection[Row], /) -> Collection[str]:
+        """Use the connection for a while. Returns the domains whose workers have had no hint yet."""
+
+    def recall(self) -> None:
+        """Have `borrow` return soon."""
 
 
 class SendBuffer:
@@ -156,7 +179,13 @@ class SendBuffer:
         self._called = False  # one was woken or started, and has not come to take yet
         self._flushes: set[asyncio.Task[None]] = set()
         self._contended_flush: asyncio.Task[None] | None = None
+        self._borrower: Borrower | None = None
+        self._lent = False
         self._draining = False
+
+    def lend_to(self, borrower: Borrower) -> None:
+        """Let this borrower use one of the connections, from the next send on; on the loop only."""
+        self._borrower = self._borrower or borrower
 
     def put(self, parcel: Parcel) -> None:
         """Take a parcel on its way; on the loop only."""
@@ -192,6 +221,7 @@ class SendBuffer:
         self._draining = True
         for idle in self._idle:
             _wake(idle)
+        self._recall()
         try:
             while self._flushes or self._contended_flush is not None:
                 tasks = [*self._flushes, *filter(None, [self._contended_flush])]
@@ -214,6 +244,12 @@ class SendBuffer:
             task = asyncio.get_running_loop().create_task(self._flush(), context=contextvars.Context())
             self._flushes.add(task)
             task.add_done_callback(self._flushes.discard)
+        elif self._connections == 1:
+            self._recall()
+
+    def _recall(self) -> None:
+        if self._lent and self._borrower is not None:
+            self._borrower.recall()
 
     async def _flush(self) -> None:
         try:
@@ -222,31 +258,41 @@ class SendBuffer:
         finally:  # in the step that found nothing: who comes next starts another
             self._flushing -= 1
 
-    async def _more(self) -> list[Parcel]:
-        """Take what waits, or what comes soon."""
-        if not self._waiting and not self._draining:
-            loop = asyncio.get_running_loop()
-            idle: asyncio.Future[None] = loop.create_future()
-            self._idle.append(idle)
-            timer = loop.call_later(_KEPT, _wake, idle)
-            try:
-                await idle
-            finally:
-                timer.cancel()
-                with contextlib.suppress(ValueError):  # it was called
-                    self._idle.remove(idle)
+    async def _more(self, connection: psycopg.AsyncConnection[Row]) -> list[Parcel]:
+        """Take what waits, or what comes soon; but first lend the connection, if it is wanted and not the last."""
+        if self._borrower is not None and not self._lent and not self._draining:
+            if not self._waiting or self._connections > 1:
+                await self._lend(connection, self._borrower)
+        elif not self._waiting and not self._draining:
+            await self._idle_for_a_while()
         return self._take()
+
+    async def _lend(self, connection: psycopg.AsyncConnection[Row], borrower: Borrower) -> None:
+        self._lent = True
+        if self._waiting:
+            self._start()
+        try:
+            domains = await borrower.borrow(connection)
+        finally:
+            self._lent = False
+        if domains and not connection.closed:
+            await self._hints.give(connection, domains)
+
+    async def _idle_for_a_while(self) -> None:
+        loop = asyncio.get_running_loop()
+        idle: asyncio.Future[None] = loop.create_future()
+        self._idle.append(idle)
+        timer = loop.call_later(_KEPT, _wake, idle)
+        try:
+            await idle
+        finally:
+            timer.cancel()
+            with contextlib.suppress(ValueError):  # it was called
+                self._idle.remove(idle)
 
     def _take(self) -> list[Parcel]:
         self._called = False
-        batch: list[Parcel] = []
-        rows = size = 0
-        while self._waiting and rows < MAX_ROWS and size < MAX_BYTES:
-            parcel = self._waiting.popleft()
-            if parcel.waits:
-                batch.append(parcel)
-                rows += len(parcel.outgoings)
-                size += parcel.size
+        batch = take(self._waiting)
         if self._waiting:
             self._start()
         return batch
@@ -272,7 +318,7 @@ class SendBuffer:
         async with self._database.connection() as connection:
             while batch and not hung_up(connection):
                 await self._execute(connection, batch)
-                batch[:] = await more()
+                batch[:] = await more(connection)
 
     async def _execute(self, connection: psycopg.AsyncConnection[Row], batch: list[Parcel]) -> None:
         """Send the batch as one statement; settles all parcels or raises."""

@@ -130,7 +130,7 @@ async def test_a_session_that_ends_while_a_flush_keeps_it_fails_no_send(
     assert "is repeated" not in caplog.text
 
 
-@direct_only
+@async_only("threads that send keep one", pooled=False)
 async def test_a_flush_with_nothing_to_send_gives_its_connection_back(
     route: Route, db: Connection, connect: Connect
 ) -> None:

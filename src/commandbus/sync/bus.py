@@ -7,17 +7,14 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from threading import Lock, Thread
+from threading import Thread
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import psycopg
 
-from commandbus._calls import Outgoing
-from commandbus._chunks import receipt
 from commandbus._connections import Work, run_on
-from commandbus._send_buffer import Parcel
 from commandbus.bus import CommandBus
 from commandbus.errors import ClosedError, CommandBusError, WrongLoopError
 from commandbus.model import (
@@ -36,9 +33,10 @@ from commandbus.model import (
 )
 from commandbus.reading import key_of
 from commandbus.sync.batches import SyncBatches
-from commandbus.sync.call import SETTLE_SECONDS, Call, wait
+from commandbus.sync.call import Call
 from commandbus.sync.defaults import default_runtime
 from commandbus.sync.runtime import Closer, SyncRuntime
+from commandbus.sync.sender import Sender
 from commandbus.tracing import Tracing
 from commandbus.worker.threads import waiting_here
 
@@ -53,7 +51,8 @@ class SyncCommandBus(SyncBatches):
     unless on the loop of `runtime`. It connects when it is first used, in each process anew: make one at import, and
     use it before or after a fork. `runtime`: default, the one that all blocking parts of the process share.
 
-    Concurrent sends of all threads share a few connections, statements and commits. Ctrl-C and other exceptions from
+    Concurrent sends of all threads share statements and commits, on one of the flush connections, which they keep, and
+    on the others when that one is slow. Ctrl-C and other exceptions from
     outside pass through a call unchanged, with a note that says what is known of a command that was being sent.
     Raises `SyncInAsyncError` in a thread in which an event loop runs.
     """
@@ -143,6 +142,10 @@ class SyncCommandBus(SyncBatches):
                 raise
         elif bus._loop is not loop:
             raise WrongLoopError("this bus was opened on another event loop: give SyncRuntime.of(loop) as runtime")
+        self._sender = Sender(
+            self.runtime, bus._buffer, bus._hints, transaction_pooler=bus._database.transaction_pooler
+        )
+        self.runtime.submit(partial(bus._buffer.lend_to, self._sender), lambda _: None)
         self._open_in = self.runtime.generation
 
     def _local(self) -> CommandBus:
@@ -198,8 +201,7 @@ class SyncCommandBus(SyncBatches):
         if connection is not None:
             return run_on(connection, self._sending([request]))[0]
         bus = self.opened()
-        outgoing = bus._outgoing(request)
-        return self._deliver(bus, outgoing)
+        return self._sender.send(bus._outgoing(request), bus._send_timeout)
 
     def send_batch(self, requests: Sequence[SendRequest], *, connection: object = None) -> list[Receipt]:
         """Send any number of commands; see `CommandBus.send_batch`."""
@@ -211,29 +213,6 @@ class SyncCommandBus(SyncBatches):
             Call(partial(bus._send_chunks, [bus._outgoing(request) for request in requests]))
         )
         return receipts
-
-    def _deliver(self, bus: CommandBus, outgoing: Outgoing) -> Receipt:
-        """Put a parcel into the buffer of the bus, without a task of its own, and wait for its outcome."""
-        settled = Lock()
-        settled.acquire()
-        parcel = Parcel([outgoing], settled.release)
-        try:
-            self.runtime.submit(partial(bus._buffer.put, parcel), parcel.fail)
-            if not wait(settled, bus._send_timeout):
-                self.runtime.submit(partial(parcel.expire, bus._send_timeout), parcel.fail)
-                wait(settled, SETTLE_SECONDS)
-            return receipt(outgoing, *parcel.result())  # in here: Ctrl-C may come after the outcome
-        except CommandBusError:
-            raise
-        except BaseException as interruption:
-            if interruption is not parcel.error:
-                if parcel.waits:
-                    self.runtime.submit(parcel.withdraw, parcel.fail)
-                    wait(settled, SETTLE_SECONDS)
-                interruption.add_note(parcel.fate)
-            raise
-        finally:
-            del parcel
 
     def _sending(self, requests: Sequence[SendRequest], *, all_or_none: bool = False) -> Work[list[Receipt]]:
         return replace(self._local().sending(requests, all_or_none=all_or_none), wake=self._wake_soon)

@@ -24,9 +24,8 @@ from commandbus.errors import CommandBusError
 
 logger = logging.getLogger("commandbus.hints")
 
-LIGHT = 0.01
-"""Seconds between two hints for a domain."""
-_LOADED = 0.1  # the same under load
+LIGHT, LOADED = 0.01, 0.1
+"""Seconds between two hints for a domain, and under load."""
 _MANY = 100.0  # flushes a second for a domain are load: its workers are busy anyway
 _COMMITTING = 0.05
 _DEADLINE = 5.0
@@ -84,7 +83,7 @@ class Hints:
                 later.append(given_at + interval - now)
                 continue
             due.append(domain)
-            self._given[domain] = now, _LOADED if times > _MANY * (now - given_at) else LIGHT
+            self._given[domain] = now, LOADED if times > _MANY * (now - given_at) else LIGHT
         for domain in due:
             del self._owed[domain]
         if later:

@@ -301,7 +301,7 @@ async def test_each_call_hints_to_the_workers(
     bus: CommandBus, db: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_hints, "LIGHT", 3600.0)  # what is not awaited has one hint only
-    monkeypatch.setattr(_hints, "_LOADED", 3600.0)
+    monkeypatch.setattr(_hints, "LOADED", 3600.0)
     listener = connect(autocommit=True)
     listener.execute("LISTEN commandbus")
     calls = []

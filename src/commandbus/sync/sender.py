@@ -28,7 +28,7 @@ from commandbus._calls import Outgoing, Row
 from commandbus._chunks import receipt
 from commandbus._database import hung_up, sever
 from commandbus._failures import brief, is_connection_lost
-from commandbus._hints import LIGHT, Hints
+from commandbus._hints import LIGHT, LOADED, Hints
 from commandbus._send_buffer import LOCK_TIMEOUT_MS, Parcel, SendBuffer, take
 from commandbus.errors import CommandBusError
 from commandbus.model import Receipt
@@ -293,14 +293,17 @@ class Sender:
             sent, self._sent = self._sent, Counter()
             return sent
 
-    def _hint(self) -> None:
-        """Have hints given for what was sent, and look again soon, until there was nothing."""
+    def _hint(self, again: float = LIGHT) -> None:
+        """Have hints given for what was sent, and look again in so many seconds, until there was nothing.
+
+        Ever later under load: of 16 processes with a sender each, a look every 10 ms takes a sixth of what they send.
+        """
         with self._lock:
             sent = self._take_hints()
             self._hinting = bool(sent)
         if sent:
             self._hints.owe(sent, committed=True)
-            asyncio.get_running_loop().call_later(LIGHT, self._hint)
+            asyncio.get_running_loop().call_later(again, self._hint, min(2 * again, LOADED))
 
 
 def _open(gate: Lock) -> None:

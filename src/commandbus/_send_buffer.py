@@ -275,7 +275,9 @@ class SendBuffer:
             domains = await borrower.borrow(connection)
         finally:
             self._lent = False
-        if domains and not connection.closed:
+        if domains and connection.closed:
+            self._hints.owe(domains, committed=True)
+        elif domains:
             await self._hints.give(connection, domains)
 
     async def _idle_for_a_while(self) -> None:

@@ -28,17 +28,12 @@ _PREPARED = b"commandbus_loan"
 
 
 class Loan:
-    """The connection, for statements of one text; `finish` is called on the loop to give it back.
+    """The connection, for statements of one text; `finish` is called on the loop to give it back."""
 
-    `prepared`: the session knows the statement; None: behind a pooler, which gives each transaction another session.
-    """
-
-    def __init__(
-        self, connection: psycopg.AsyncConnection[Row], *, prepared: bool | None, finish: Callable[[], object]
-    ) -> None:
+    def __init__(self, connection: psycopg.AsyncConnection[Row], finish: Callable[[], object]) -> None:
         self.connection = connection
-        self.prepared = prepared
         self.finish = finish
+        self.prepared = False
         self.in_use = False  # by a thread
         self.broken = False  # not to be used again
         self._running: Generator[bool, None, Any] | None = None
@@ -46,6 +41,12 @@ class Loan:
         self._poll = select.poll() if hasattr(select, "poll") else None  # not on Windows
         if self._poll is not None:
             self._poll.register(connection.fileno(), select.POLLIN)
+
+    async def prepare(self, call: Call[Any]) -> None:
+        """Let the session know the statement, on the loop. Raises what psycopg raises."""
+        self.connection.pgconn.send_prepare(_PREPARED, _numbered(call.sql))
+        await self._drive(_answer(self.connection.pgconn), _database.CALL_SECONDS)
+        self.prepared = True
 
     def execute(self, call: Call[T], timeout: float) -> T:
         """Run the call in this thread. Raises what psycopg raises.
@@ -68,32 +69,29 @@ class Loan:
 
         Returns None if the answer was lost: the exception from outside came just when it was read.
         """
-        running: Generator[bool, None, Any] | None = self._running
-        lost = running is None or inspect.getgeneratorstate(running) == inspect.GEN_CLOSED
-        if running is None or lost:
-            running = _last_result(self.connection.pgconn)
-            self.broken = self.prepared is False
-        with severed_after(max(0.0, self._end - time.monotonic()), self.connection):
+        seconds = max(0.0, self._end - time.monotonic())
+        if self._running is None or inspect.getgeneratorstate(self._running) == inspect.GEN_CLOSED:
+            await self._drive(_last_result(self.connection.pgconn), seconds)
+            return None
+        return await self._drive(self._running, seconds)
+
+    async def _drive(self, running: Generator[bool, None, T], seconds: float) -> T:
+        with severed_after(seconds, self.connection):
             while True:
                 try:
                     write = next(running)
                 except StopIteration as answer:
-                    return None if lost else answer.value
+                    return cast("T", answer.value)
                 await _readiness(self.connection.fileno(), write=write)
 
     def _exchange(self, call: Call[T]) -> Generator[bool, None, T]:
         """Run the call, without waiting: yields, until the socket can be read, or True, written."""
         pgconn = self.connection.pgconn
-        statement = _numbered(call.sql)
         params = [None if param is None else str(param).encode() for param in call.params]
-        if self.prepared is None:
-            pgconn.send_query_params(statement, params)
-        else:
-            if not self.prepared:
-                pgconn.send_prepare(_PREPARED, statement)
-                yield from _answer(pgconn)
-                self.prepared = True
+        if self.prepared:
             pgconn.send_query_prepared(_PREPARED, params)
+        else:
+            pgconn.send_query_params(_numbered(call.sql), params)
         return call.read(_rows((yield from _answer(pgconn))))
 
     def _ready(self, seconds: float, *, write: bool) -> bool:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
-from itertools import repeat
 from threading import Lock, RLock, get_ident
 from time import monotonic
 from weakref import WeakSet
@@ -121,7 +120,9 @@ class Sender:
                 self._end_loan(loan, None)
                 return
             loan.in_use, self._leading = True, get_ident()
-            self._carried = batch = take(self._waiting)
+            waiting = deque(self._waiting)
+            batch = take(waiting)
+            self._carried, self._waiting = batch, waiting  # in one: no exception from outside comes between the two
             for parcel in batch:
                 parcel.under_way = True
         rows = [row for parcel in batch for row in parcel.rows()]
@@ -159,12 +160,12 @@ class Sender:
                     parcel.outcomes = [outcome]
             self._carried = []
             self._sent.update({one.domain for parcel in batch for one in parcel.outgoings})
-            hint, self._hinting = not self._hinting, True
+            if not self._hinting:
+                self._runtime.submit(self._hint, _ignore)
+                self._hinting = True
             self._pass_on()
         for parcel in settled:  # who is not woken, because this thread is interrupted, looks within a second
             parcel.wake()
-        if hint:
-            self._runtime.submit(self._hint, _ignore)
 
     def _pass_on(self) -> None:
         """Let the next lead, or end a loan that was recalled; under the lock."""
@@ -204,8 +205,10 @@ class Sender:
                 self._waiting.remove(parcel)
                 self._hand_over(parcel)
             late = monotonic() - self._since > _database.CALL_SECONDS + _PATIENCE
-            if late and self._leader is not None and self._loan is not None:
-                self._leave(self._loan)
+            if late and self._leader is not None and (loan := self._loan) is not None:
+                sever(loan.connection)
+                self._end_loan(loan, _unanswered())
+                self._runtime.submit(partial(_soon, loan.finish), _ignore)  # if the leader does not
 
     def _hand_over(self, parcel: Parcel) -> None:
         parcel.under_way = False
@@ -234,57 +237,75 @@ class Sender:
 
         Returns the domains whose workers have had no hint yet.
         """
-        finished = asyncio.get_running_loop().create_future()
-        prepared = None if self._pooler else connection in self._prepared
-        loan = Loan(connection, prepared=prepared, finish=partial(_finish, finished))
-        timer = asyncio.get_running_loop().call_later(_LENT, self.recall)
-        with self._lock:
-            self._loan = loan
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[None] = loop.create_future()
+        loan = Loan(connection, partial(_finish, finished))
+        self._recalled = False
+        timer = loop.call_later(_LENT, self.recall)
         try:
+            await self._make_ready(loan)
             await asyncio.shield(finished)
             if self._left:
                 await self._complete(loan)
         except asyncio.CancelledError:
+            loan.broken = True
             sever(connection)
             with self._lock:
                 self._end_loan(loan, _cancelled())
+            self._put_back(_cancelled())
             await asyncio.wait([finished], timeout=_LEAVES)  # no thread should use it when it is closed
-            loan.broken = True
             raise
         finally:
             timer.cancel()
-            if loan.prepared:
-                self._prepared.add(connection)
             if loan.broken:
                 await connection.close()
         return self._take_hints()
 
+    async def _make_ready(self, loan: Loan) -> None:
+        """Offer it to the threads, with the statement prepared; a pooler gives each transaction another session."""
+        try:
+            if loan.connection in self._prepared:
+                loan.prepared = True
+            elif not self._pooler:
+                await loan.prepare(_calls.send((), LOCK_TIMEOUT_MS))
+                self._prepared.add(loan.connection)
+        except psycopg.Error:  # who sends next finds out
+            loan.broken = True
+            loan.finish()
+            return
+        with self._lock:
+            if self._recalled:
+                loan.finish()
+            else:
+                self._loan = loan
+
     async def _complete(self, loan: Loan) -> None:
         """Bring the statement that a thread has left to its end."""
-        left, self._left = self._left, []
-        outcomes = None
         try:
             outcomes = await loan.complete()
         except psycopg.Error as error:
             loan.broken = loan.broken or _breaks(error)
-            _blame(left, error)
-        except asyncio.CancelledError:
-            _blame(left, _cancelled())
-            raise
-        else:
-            _blame(left, None if outcomes else _unanswered())
-        finally:
-            for parcel, outcome in zip(left, outcomes or repeat(None, len(left)), strict=True):
-                parcel.under_way = False
-                if outcome is None:
-                    self._buffer.put(parcel)
-                else:
-                    parcel.settle([outcome])
+            self._put_back(error)
+            return
+        if outcomes is None:
+            self._put_back(_unanswered())
+            return
+        for parcel, outcome in zip(self._left, outcomes, strict=True):
+            parcel.settle([outcome])
+        self._left = []
+
+    def _put_back(self, error: psycopg.Error) -> None:
+        """Send again what a statement carried that a thread has left."""
+        left, self._left = self._left, []
+        _blame(left, error)
+        for parcel in left:
+            parcel.under_way = False
+            self._buffer.put(parcel)
 
     def recall(self) -> None:
         """Ask for the connection back, as soon as the statement that runs has ended."""
         with self._lock:
-            self._recalled = self._loan is not None
+            self._recalled = True
             if self._leader is None:
                 self._pass_on()
 
@@ -314,6 +335,10 @@ def _open(gate: Lock) -> None:
 def _finish(finished: asyncio.Future[None]) -> None:
     if not finished.done():
         finished.set_result(None)
+
+
+def _soon(finish: Callable[[], object]) -> None:
+    asyncio.get_running_loop().call_later(_LEAVES, finish)
 
 
 def _ignore(closed: Exception) -> None:

@@ -15,7 +15,7 @@ import pytest
 from commandbus import CommandBus, CommandStatus, OutcomeUnknownError
 from commandbus import _send_buffer as send_buffer
 from tests.bus.support import DOMAIN, Connect, Connection, bring, ids, one, until
-from tests.support import Route, async_only, direct_only
+from tests.support import Route, async_only
 
 MINE = "datname = current_database() AND application_name = 'under test'"
 
@@ -113,7 +113,7 @@ async def test_the_budget_of_connections_is_kept(route: Route, connect: Connect)
     assert 2 <= max(seen) <= 3 + 2
 
 
-@direct_only
+@async_only("threads that send keep one", pooled=False)
 async def test_a_session_that_ends_while_a_flush_keeps_it_fails_no_send(
     route: Route, db: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

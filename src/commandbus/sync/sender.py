@@ -95,7 +95,7 @@ class Sender:
                 return
             if self._leader is parcel:
                 self._lead(left)
-            elif not gate.acquire(timeout=min(_PATIENCE, left)):
+            elif not gate.acquire(timeout=min(_PATIENCE, left)) and left > _PATIENCE:
                 self._lose_patience(parcel)
 
     def _join(self, parcel: Parcel) -> bool:
